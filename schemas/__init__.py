@@ -1,0 +1,56 @@
+"""What crosses a boundary: the partial on the wire, the tables of the store, the names of metrics and gauges.
+
+The agent and the aggregator meet here and nowhere else.
+"""
+
+from .keys import RUN_ID_PATTERN, SITES, RecordKey, SeriesKey, check_run_id
+from .metrics import DATA_QUALITY, METRIC_NAMES, METRICS, Metric
+from .partial import WIRE_VERSION, PartialCovariance, PartialRefused, WirePartial
+from .run import LayerDescription, RunDescription
+from .tables import (
+    ALERTS,
+    EIGENVALUES,
+    RECORDS,
+    RUNS,
+    SCHEMA_VERSION,
+    STORE_VARIABLE,
+    TABLES,
+    default_store,
+    table_folder,
+)
+from .thresholds import COLLAPSE, STALE_AFTER_SECONDS, CollapseThresholds
+from .tiles import TILE_ROWS, Tile, packed_length, row_tiles
+
+__all__ = [
+    "ALERTS",
+    "COLLAPSE",
+    "DATA_QUALITY",
+    "EIGENVALUES",
+    "METRICS",
+    "METRIC_NAMES",
+    "RECORDS",
+    "RUNS",
+    "RUN_ID_PATTERN",
+    "SCHEMA_VERSION",
+    "SITES",
+    "STALE_AFTER_SECONDS",
+    "STORE_VARIABLE",
+    "TABLES",
+    "TILE_ROWS",
+    "WIRE_VERSION",
+    "CollapseThresholds",
+    "LayerDescription",
+    "Metric",
+    "PartialCovariance",
+    "PartialRefused",
+    "RecordKey",
+    "RunDescription",
+    "SeriesKey",
+    "Tile",
+    "WirePartial",
+    "check_run_id",
+    "default_store",
+    "packed_length",
+    "row_tiles",
+    "table_folder",
+]

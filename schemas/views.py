@@ -1,0 +1,97 @@
+"""The SQL views over the files of a store: `views.sql` with the files of this store filled in.
+
+Pure text, for whoever has a DuckDB: `history` runs it, `eigenwatch query --emit-sql` prints it for others.
+
+The column types come from the Arrow schemas, not from the files: a file that an older version wrote shows
+null in the columns it lacks, a table without any file is an empty view of the right types, and DuckDB opens
+no file but those that the query needs. The run id comes from the file's name as text ("123" and "2026-01-01"
+stay what they are), and DuckDB skips the files of other runs when the query asks for one.
+"""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+import pyarrow as pa
+
+from .tables import TABLES
+
+_SQL_TYPES = {
+    pa.int32(): "INTEGER",
+    pa.int64(): "BIGINT",
+    pa.float32(): "FLOAT",
+    pa.float64(): "DOUBLE",
+    pa.string(): "VARCHAR",
+    pa.bool_(): "BOOLEAN",
+    pa.timestamp("us", tz="UTC"): "TIMESTAMP WITH TIME ZONE",
+}
+
+
+def view_statements(store: str | os.PathLike[str]) -> list[str]:
+    """The `CREATE OR REPLACE VIEW` statements for the store as it is now, without closing semicolons.
+
+    Looks into the store for one thing only, which tables have files: a pattern without a file is an error in
+    DuckDB, so their views are empty until the statements are asked for again.
+
+    Raises:
+        ValueError: the path holds a backslash, which DuckDB's patterns take for a path separator.
+    """
+    folder = os.path.abspath(store)
+    if "\\" in folder:
+        raise ValueError(f"DuckDB cannot list a store below a backslash: rename or link {folder}")
+    sources = {
+        table: _files(folder, table, schema) if _has_files(folder, table) else _nothing(schema)
+        for table, schema in TABLES.items()
+    }
+    text = (files(__package__) / "views.sql").read_text(encoding="utf-8")
+    return [Template(statement).substitute(sources) for statement in _statements(text)]
+
+
+def glob_literal(path: str) -> str:
+    """The pattern that matches this path alone, whatever characters it holds."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in path)
+
+
+def sql_literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _statements(text: str) -> list[str]:
+    lines = [line for line in text.splitlines() if not line.startswith("--")]
+    return [statement.strip() for statement in "\n".join(lines).split(";") if statement.strip()]
+
+
+def _has_files(folder: str, table: str) -> bool:
+    return any(True for _ in Path(folder).glob(f"run_id=*/{table}/part-*.parquet"))
+
+
+def _files(folder: str, table: str, schema: pa.Schema) -> str:
+    pattern = sql_literal(f"{glob_literal(folder)}/run_id=*/{table}/part-*.parquet")
+    columns = ",\n".join(
+        f"      '{field.name}': {{name: '{field.name}', type: '{_sql_type(field.type)}', default_value: NULL}}"
+        for field in schema
+    )
+    # `schema` rather than hive_partitioning and union_by_name: those read the footer of every file of every
+    # run before the first one is skipped, and take a "layer=3" in the path above the store for a column.
+    run_id = "substr(split_part(filename, '/', -3), length('run_id=') + 1) AS run_id"
+    return (
+        f"(\n    SELECT {run_id}, * EXCLUDE (filename)\n"
+        f"    FROM read_parquet({pattern}, filename = true, schema = MAP {{\n{columns}\n    }})\n)"
+    )
+
+
+def _nothing(schema: pa.Schema) -> str:
+    columns = ",\n".join(f'      CAST(NULL AS {_sql_type(field.type)}) AS "{field.name}"' for field in schema)
+    run_id = "CAST(NULL AS VARCHAR) AS run_id"
+    return f"(\n    SELECT -- no files yet\n      {run_id},\n{columns}\n    WHERE false\n)"
+
+
+def _sql_type(arrow: pa.DataType) -> str:
+    if pa.types.is_list(arrow):
+        return f"{_sql_type(arrow.value_type)}[]"
+    if pa.types.is_struct(arrow):
+        return f"STRUCT({', '.join(f'{field.name} {_sql_type(field.type)}' for field in arrow)})"
+    if pa.types.is_map(arrow):
+        return f"MAP({_sql_type(arrow.key_type)}, {_sql_type(arrow.item_type)})"
+    return _SQL_TYPES[arrow]
