@@ -1,0 +1,67 @@
+"""The packed upper triangle in torch: the layout of `schemas.tiles` as views, and what is read off in place.
+
+The agent writes products straight into the views; the aggregator unpacks once, to solve.
+"""
+
+import torch
+from torch import Tensor
+
+from ..schemas import Tile, packed_length, row_tiles
+
+
+def tile_views(packed: Tensor, width: int) -> list[tuple[Tile, Tensor]]:
+    """Each row tile with its part of the packed triangle, top to bottom.
+
+    Args:
+        packed: (packed_length(width),)
+        width: D of the symmetric matrix.
+
+    Returns:
+        pairs of a tile and a contiguous (stop−start, D−start) view: rows [start, stop), columns [start, D).
+    """
+    assert packed.shape == (packed_length(width),), (packed.shape, width)
+    views = []
+    for tile in row_tiles(width):
+        flat = packed[tile.offset : tile.offset + tile.length(width)]
+        views.append((tile, flat.view(tile.shape(width))))
+    return views
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """The upper triangle of a symmetric matrix (D, D), packed by row tiles, as a copy (packed_length(D),)."""
+    width = matrix.shape[-1]
+    return torch.cat([matrix[tile.start : tile.stop, tile.start :].flatten() for tile in row_tiles(width)])
+
+
+def unpack(packed: Tensor, width: int) -> Tensor:
+    """The whole symmetric matrix (D, D) of a packed triangle, in its dtype.
+
+    A tile's square on the diagonal holds both of its triangles; where rounding made them differ, their
+    average is taken, so that the result is symmetric to the last bit.
+    """
+    matrix = packed.new_empty((width, width))
+    for tile, view in tile_views(packed, width):
+        rows = tile.stop - tile.start
+        square, beside = view[:, :rows], view[:, rows:]
+        matrix[tile.start : tile.stop, tile.start : tile.stop] = (square + square.T) / 2
+        matrix[tile.start : tile.stop, tile.stop :] = beside
+        matrix[tile.stop :, tile.start : tile.stop] = beside.T
+    return matrix
+
+
+def trace_and_frobenius_sq(packed: Tensor, width: int) -> tuple[float, float]:
+    """tr S and ‖S‖²_F of the symmetric matrix S that is packed, summed in float64, a tile at a time.
+
+    Outside the squares on the diagonal a packed number stands for two entries of the matrix and counts twice.
+    On a GPU it waits for the device, once.
+    """
+    trace = torch.zeros((), dtype=torch.float64, device=packed.device)
+    frobenius_sq = torch.zeros((), dtype=torch.float64, device=packed.device)
+    for tile, view in tile_views(packed, width):
+        rows = tile.stop - tile.start
+        view = view.to(torch.float64)
+        squares_of_columns = view.square().sum(0)
+        trace += view.diagonal().sum()
+        frobenius_sq += squares_of_columns[:rows].sum() + 2 * squares_of_columns[rows:].sum()
+    trace_value, frobenius_value = torch.stack((trace, frobenius_sq)).tolist()
+    return trace_value, frobenius_value

@@ -1,0 +1,70 @@
+"""What the tests of the mathematics share: spectra, samples, and the way from activations to a partial."""
+
+import torch
+from eigenwatch.schemas import PartialCovariance, RecordKey
+from eigenwatch.spectrum import Moments, trace_and_frobenius_sq
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+KEY = RecordKey("run", 0, 100, 3, "post", None)
+
+property_test = settings(deadline=None, max_examples=60)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@st.composite
+def spectra(draw, min_width=1, max_width=24):
+    """Descending eigenvalues over seven orders of magnitude, zeros among them."""
+    value = st.one_of(st.just(0.0), st.floats(1e-4, 1e3))
+    values = draw(st.lists(value, min_size=min_width, max_size=max_width))
+    return torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+
+
+@st.composite
+def samples(draw, width, min_tokens=1, max_tokens=30):
+    """Activation rows of float32 with their own scale and mean per feature."""
+    tokens = draw(st.integers(min_tokens, max_tokens))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    scale = 10 ** torch.empty(width).uniform_(-2, 2, generator=generator)
+    shift = draw(st.sampled_from([0.0, 1.0, 100.0]))
+    return (torch.randn(tokens, width, generator=generator) + shift) * scale
+
+
+def power_spectrum(width: int, alpha: float) -> Tensor:
+    return torch.arange(1, width + 1, dtype=torch.float64) ** -alpha
+
+
+def rotation(width: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator))[0]
+
+
+def partial_of(*forwards: Tensor, rank: int = 0, key: RecordKey = KEY) -> PartialCovariance:
+    """What a rank sends after these forwards of one step."""
+    moments = Moments(forwards[0].shape[1])
+    for x_ND in forwards:
+        moments.add(x_ND)
+    trace, frobenius_sq = trace_and_frobenius_sq(moments.scatter, moments.width)
+    finite = trace == trace and abs(trace) != float("inf")
+    return PartialCovariance(
+        key=key,
+        rank=rank,
+        tokens=moments.tokens,
+        mean=moments.mean.numpy(),
+        scatter=moments.scatter.numpy() if finite else moments.scatter[:0].numpy(),
+        trace=trace,
+        frobenius_sq=frobenius_sq,
+        captured_at=1.0,
+    )
+
+
+def two_pass_scatter(x_ND: Tensor) -> Tensor:
+    """The reference: float64, the mean first."""
+    x_ND = x_ND.double()
+    centred = x_ND - x_ND.mean(0)
+    return centred.T @ centred
+
+
+def two_pass_covariance(x_ND: Tensor) -> Tensor:
+    return two_pass_scatter(x_ND) / max(x_ND.shape[0] - 1, 1)
