@@ -1,0 +1,29 @@
+"""What runs beside the training: finding layers, observing them, handing partials over.
+
+`attach` is the door. Names are imported on first use, because the courier process lives in this package too and must
+start without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attachment import Agent, attach
+    from .discovery import FoundLayer, find_layers
+    from .outbox import OutboxLimits
+
+__all__ = ["Agent", "FoundLayer", "OutboxLimits", "attach", "find_layers"]
+
+_MODULES = {
+    "Agent": "attachment",
+    "FoundLayer": "discovery",
+    "OutboxLimits": "outbox",
+    "attach": "attachment",
+    "find_layers": "discovery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

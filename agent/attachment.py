@@ -1,0 +1,264 @@
+"""`attach`: the door of the agent, and the handle it gives back.
+
+Everything that can be wrong with a call is found here, before the first step, and raised as one ValueError on every
+rank alike. After that nothing of ours raises, blocks or grows without bound in the training process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import operator
+import os
+import time
+import uuid
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from ..schemas import LayerDescription, RunDescription, check_run_id, default_store
+from .discovery import FoundLayer, find_layers
+from .embedded import EmbeddedAggregator, Served
+from .handover import CourierHandover, Handover, InlineHandover
+from .observation import Gate, Observer
+from .outbox import Outbox, OutboxLimits, Sample
+from .ranks import Ranks, current_ranks, spans_hosts
+from .schedule import Every
+from .spool import Spool, default_root
+
+log = logging.getLogger("eigenwatch.agent")
+
+CLOSE_SECONDS = 60.0
+
+
+def attach(
+    model: nn.Module,
+    *,
+    run_id: str,
+    every: int = 100,
+    store: str | os.PathLike[str] | None = None,
+    layers: str | None = None,
+    aggregator: str = "embedded",
+    tags: dict[str, str] | None = None,
+    metrics_port: int | None = None,
+    limits: OutboxLimits | None = None,
+) -> Agent:
+    """Observes every feed-forward layer of `model`; call it once on every rank, after the process group exists.
+
+    Args:
+        model: the decoder, wrapped (DDP) or not.
+        run_id: name of the training job, `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`.
+        every: sample each N-th optimizer step.
+        store: folder of the history; default `$EIGENWATCH_STORE`, else `./eigenwatch-store`. An aggregator that runs
+            elsewhere has its own, and then this must not be given.
+        layers: regular expression for the paths of the down-projections, its group the layer index; default: the
+            LLaMA, GPT-2 and GPT-NeoX families.
+        aggregator: "embedded" (rank 0 starts one with a local Ray), "inline" (in this process, one rank, no Ray), or
+            the address of the Ray cluster on which `eigenwatch serve` runs.
+        tags: what to group runs by later, such as {"norm": "pre"}; stored with the run.
+        metrics_port: of the Prometheus endpoint on 127.0.0.1; 0 takes a free one. Default: a free one for the embedded
+            aggregator, no endpoint for the inline one.
+        limits: what may wait for delivery.
+
+    Returns:
+        The agent: call `step(step)` after each optimizer step, and `close()` at the end, or use it in a `with`.
+
+    Raises:
+        ValueError: the call cannot work; the message names the argument and the remedy. Raised on every rank if on
+            any.
+    """
+    ranks = current_ranks()
+    embedded: EmbeddedAggregator | None = None
+    found: list[FoundLayer] = []
+    mine: dict[str, Any] = {}
+    try:
+        check_run_id(run_id)
+        schedule = Every(steps=every)
+        _check_aggregator(aggregator, store, ranks)
+        found = find_layers(model, layers)
+        mine["layers"] = [(one.layer, one.name, one.width) for one in found]
+        if ranks.rank == 0:
+            mine["launch_id"] = uuid.uuid4().hex
+            mine["served"] = Served(aggregator)
+            if aggregator == "embedded":
+                embedded = EmbeddedAggregator(os.path.abspath(store or default_store()), metrics_port or 0)
+                mine["served"] = embedded.served
+    except ValueError as error:
+        mine["error"] = str(error)
+    everyone = ranks.gather(mine)
+    errors = [one["error"] for one in everyone if "error" in one]
+    if not errors:
+        try:
+            run = _describe(run_id, everyone, tags)
+        except ValueError as error:  # the same on every rank, since all see the same
+            errors = [str(error)]
+    if errors:
+        if embedded is not None:
+            embedded.close(10.0)
+        raise ValueError(errors[0])
+
+    limits = limits or OutboxLimits()
+
+    handover: Handover
+    served: Served = everyone[0]["served"]
+    metrics_url = served.metrics_url
+    if aggregator == "inline":
+        handover = InlineHandover(run, ranks.rank, os.path.abspath(store or default_store()), metrics_port)
+        metrics_url = handover.metrics_url
+    else:
+        spool = Spool.create(default_root(limits.spool_bytes), run, ranks.rank)
+        handover = CourierHandover(spool, served, limits.spool_bytes)
+    outbox = Outbox(handover, run_id, ranks.rank, limits)
+    agent = Agent(run, ranks, found, schedule, outbox, embedded, metrics_url)
+    log.info("%s", agent)
+    return agent
+
+
+def _check_aggregator(aggregator: str, store: Any, ranks: Ranks) -> None:
+    if aggregator == "inline" and ranks.world_size > 1:
+        raise ValueError("aggregator='inline' serves one rank: use 'embedded', or the address of `eigenwatch serve`")
+    if aggregator == "embedded" and spans_hosts():
+        raise ValueError(
+            "aggregator='embedded' serves one host, and this job has several: run `eigenwatch serve` on a Ray "
+            "cluster that spans them and pass its address"
+        )
+    if aggregator not in ("inline", "embedded"):
+        if aggregator.startswith("ray://"):
+            raise ValueError(f"aggregator {aggregator!r} is a Ray Client address: pass the cluster's host:port")
+        if store is not None:
+            raise ValueError("store belongs to the aggregator: leave it out here and pass it to `eigenwatch serve`")
+
+
+def _describe(run_id: str, everyone: list[dict[str, Any]], tags: dict[str, str] | None) -> RunDescription:
+    """The run's topology: which ranks observe which layer."""
+    contributors: dict[int, list[int]] = {}
+    names: dict[int, tuple[str, int]] = {}
+    for rank, one in enumerate(everyone):
+        for layer, name, width in one["layers"]:
+            contributors.setdefault(layer, []).append(rank)
+            if names.setdefault(layer, (name, width))[1] != width:
+                raise ValueError(
+                    f"layer {layer} has width {names[layer][1]} on one rank and {width} on rank {rank}: "
+                    "ranks must hold whole layers"
+                )
+    layers = tuple(
+        LayerDescription(layer=layer, site="post", name=names[layer][0], width=names[layer][1], ranks=tuple(ranks))
+        for layer, ranks in sorted(contributors.items())
+    )
+    return RunDescription(
+        run_id=run_id,
+        launch_id=everyone[0]["launch_id"],
+        world_size=len(everyone),
+        layers=layers,
+        tags={str(key): str(value) for key, value in (tags or {}).items()},
+    )
+
+
+class Agent:
+    """The running observation of one model on one rank. All methods are called by the training thread."""
+
+    def __init__(
+        self,
+        run: RunDescription,
+        ranks: Ranks,
+        found: list[FoundLayer],
+        schedule: Every,
+        outbox: Outbox,
+        embedded: EmbeddedAggregator | None,
+        metrics_url: str | None,
+    ) -> None:
+        self.run = run
+        self.metrics_url = metrics_url
+        """The Prometheus endpoint of the embedded aggregator; None where another process serves it."""
+        self._ranks, self._schedule, self._outbox, self._embedded = ranks, schedule, outbox, embedded
+        self._gate = Gate()
+        self._observers = [Observer(one.layer, "post", one.name, one.width, one.module, self._gate) for one in found]
+        self._last_sampled: int | None = None
+        self._undelivered: int | None = None
+        self._warned = False
+        atexit.register(self.close)
+
+    def step(self, step: int) -> None:
+        """Ends an optimizer step: what was captured since the last call is labelled with `step`.
+
+        Never raises. Decides whether the coming step is sampled.
+        """
+        try:
+            self._end_step(operator.index(step))
+        except Exception as error:  # noqa: BLE001 - the training process never sees an error of ours
+            self._warn_once(f"step({step!r}) was ignored: {error}")
+
+    def close(self, timeout_seconds: float = CLOSE_SECONDS) -> int:
+        """Ends the observation and waits, at most about `timeout_seconds`, until every record is durable.
+
+        Returns:
+            How many partials of this rank were not delivered; 0 if all is well. May be called again.
+        """
+        if self._undelivered is not None:
+            return self._undelivered
+        atexit.unregister(self.close)
+        for observer in self._observers:
+            observer.close()
+        try:
+            self._undelivered = self._outbox.close(timeout_seconds)
+        finally:
+            if self._embedded is not None:
+                self._embedded.close(timeout_seconds)
+        return self._undelivered
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Partials that this rank has lost so far, by reason."""
+        return self._outbox.dropped
+
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __str__(self) -> str:
+        layers = self.run.layers
+        widths = sorted({layer.width for layer in layers})
+        shown = f"{layers[0].name} … {layers[-1].name}" if len(layers) > 1 else layers[0].name
+        where = f", metrics at {self.metrics_url}" if self.metrics_url else ""
+        return (
+            f"eigenwatch: run {self.run.run_id}, {len(layers)} layers ({shown}), "
+            f"D = {', '.join(map(str, widths))}, every {self._schedule.steps} steps, "
+            f"{self._ranks.world_size} ranks{where}"
+        )
+
+    def _end_step(self, step: int) -> None:
+        if step < 0:
+            raise ValueError("a step is not negative")
+        if self._gate.open:
+            captured_at = time.time()
+            samples = [
+                Sample(
+                    step=step,
+                    layer=observer.layer,
+                    site=observer.site,
+                    moments=moments,
+                    captured_at=captured_at,
+                )
+                for observer in self._observers
+                if (moments := observer.take()) is not None
+            ]
+            for sample in samples:
+                self._outbox.put(sample)
+            if samples:
+                self._last_sampled = step
+            else:
+                self._warn_once(
+                    f"nothing was observed in sampled step {step}: was the model in training mode, and attach() "
+                    "called before the first compiled forward?"
+                )
+        self._gate.open = self._schedule.due(step + 1, self._last_sampled)
+
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("%s", message)

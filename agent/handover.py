@@ -1,0 +1,181 @@
+"""Where the outbox's thread hands its partials over: a courier process, or an aggregator in the same process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from ..schemas import PartialCovariance, RunDescription
+from .embedded import Served
+from .spool import Spool
+
+log = logging.getLogger("eigenwatch.agent")
+
+RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Waits before a courier is started again, by the number of starts."""
+HEALTHY_SECONDS = 60.0
+"""A courier that ran this long is forgiven its earlier deaths."""
+
+
+class Handover(Protocol):
+    """Called by the outbox's thread only; owns the partial once `send` returns."""
+
+    dropped: Counter[str]
+    """Partials lost here, by reason."""
+
+    def send(self, partial: PartialCovariance) -> None: ...
+
+    def tick(self, dropped: dict[str, int]) -> None:
+        """Called about every second, with all that this rank has lost so far."""
+
+    def close(self, timeout_seconds: float, dropped: dict[str, int]) -> int:
+        """Waits until all is durable, at most `timeout_seconds`; returns how many partials are not."""
+
+
+class CourierHandover:
+    """Hands over through the spool, and keeps a courier running."""
+
+    def __init__(self, spool: Spool, served: Served, spool_bytes: int) -> None:
+        self.dropped: Counter[str] = Counter()
+        self._spool = spool
+        self._address, self._environment = served.address, _courier_environment(served.owns_ray)
+        self._spool_bytes = spool_bytes
+        self._sent = 0
+        self._starts = 0
+        self._started_at = self._next_start = 0.0
+        self._courier: subprocess.Popen[bytes] | None = None
+        self._supervise()
+
+    def send(self, partial: PartialCovariance) -> None:
+        self._make_room(partial.nbytes)
+        try:
+            self._spool.write(self._sent, partial)
+        except OSError as error:
+            self.dropped["spool_error"] += 1
+            if self.dropped["spool_error"] == 1:
+                log.warning("partials are being dropped: %s is not writable: %s", self._spool.folder, error)
+            return
+        self._sent += 1
+        self._tell({})
+
+    def tick(self, dropped: dict[str, int]) -> None:
+        self._supervise()
+        self._tell({"dropped": dropped})
+
+    def close(self, timeout_seconds: float, dropped: dict[str, int]) -> int:
+        deadline = time.monotonic() + timeout_seconds
+        if self._courier is None or self._courier.poll() is not None:
+            self._next_start = 0.0
+            self._supervise()
+        assert self._courier is not None
+        self._tell({"dropped": dropped, "close": max(timeout_seconds - 2.0, 0.0)})
+        try:
+            self._courier.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            self._courier.kill()
+            self._courier.wait()
+        assert self._courier.stdin is not None
+        with contextlib.suppress(OSError):
+            self._courier.stdin.close()
+        undelivered = len(self._spool.numbers())
+        if undelivered == 0:
+            self._spool.discard()
+        else:
+            log.warning(
+                "%d partials were not delivered and remain in %s; the courier's last words: %s",
+                undelivered, self._spool.folder, self._last_words(),
+            )  # fmt: skip
+        return undelivered
+
+    def _make_room(self, needed: int) -> None:
+        sizes = {number: self._spool.size_bytes(number) for number in self._spool.numbers()}
+        total = sum(sizes.values())
+        for number, size in sizes.items():
+            if total + needed <= self._spool_bytes:
+                return
+            self._spool.remove(number)
+            total -= size
+            self.dropped["outbox_full"] += 1
+
+    def _supervise(self) -> None:
+        now = time.monotonic()
+        if self._courier is not None:
+            if self._courier.poll() is None:
+                return
+            if now - self._started_at > HEALTHY_SECONDS:
+                self._starts = 0
+            if self._next_start == 0.0:
+                wait = RESTART_SECONDS[min(self._starts, len(RESTART_SECONDS) - 1)]
+                log.warning("courier ended (%s); starting another in %.0f s", self._last_words(), wait)
+                self._next_start = now + wait
+        if now < self._next_start:
+            return
+        with (self._spool.folder / "courier.log").open("ab") as courier_log:
+            self._courier = subprocess.Popen(
+                [sys.executable, "-m", "eigenwatch.agent.courier", str(self._spool.folder), self._address],
+                stdin=subprocess.PIPE,
+                stdout=courier_log,
+                stderr=courier_log,
+                start_new_session=True,  # Ctrl-C reaches the rank, which closes; the courier then delivers the rest
+                env=self._environment,
+            )
+        assert self._courier.stdin is not None
+        os.set_blocking(self._courier.stdin.fileno(), False)
+        self._starts += 1
+        self._started_at, self._next_start = now, 0.0
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        if self._courier is None or self._courier.stdin is None:
+            return
+        # A stopped courier fills its pipe: then it learns nothing, and the outbox goes on.
+        with contextlib.suppress(OSError):
+            os.write(self._courier.stdin.fileno(), json.dumps(message).encode() + b"\n")
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError):
+            lines = (self._spool.folder / "courier.log").read_text(errors="replace").strip().splitlines()
+            if lines:
+                return lines[-1]
+        return "no message"
+
+
+class InlineHandover:
+    """Hands over to an aggregator in this process: tests and notebooks, one rank."""
+
+    def __init__(self, run: RunDescription, rank: int, store: str, metrics_port: int | None) -> None:
+        self.dropped: Counter[str] = Counter()
+        (entry,) = entry_points(group="eigenwatch.aggregators", name="inline")
+        self.aggregator = entry.load()(store=store, metrics_port=metrics_port)
+        self.metrics_url: str | None = self.aggregator.metrics_url
+        self._run, self._rank = run, rank
+        self._attempt: int = self.aggregator.open(run)
+
+    def send(self, partial: PartialCovariance) -> None:
+        header, mean, scatter = partial.to_wire()
+        reply = self.aggregator.push(header | {"attempt": self._attempt}, mean, scatter)
+        if reply.status not in ("merged", "duplicate", "durable"):
+            self.dropped[reply.reason or reply.status] += 1
+
+    def tick(self, dropped: dict[str, int]) -> None:
+        self.aggregator.heartbeat(self._run.run_id, self._attempt, self._rank, dropped)
+
+    def close(self, timeout_seconds: float, dropped: dict[str, int]) -> int:
+        return int(self.aggregator.finish(self._run.run_id, self._attempt, self._rank, dropped, timeout_seconds))
+
+
+def _courier_environment(owns_ray: bool) -> dict[str, str]:
+    # The courier is not a rank: variables that would make its libraries use many threads or join the job go.
+    environment = dict(os.environ)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    if owns_ray:
+        environment.setdefault("RAY_AUTH_MODE", "token")
+    return environment | {"OMP_NUM_THREADS": "1"}

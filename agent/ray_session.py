@@ -1,0 +1,121 @@
+"""The courier's side of the conversation with the aggregator, over Ray.
+
+Only a courier process uses this: it makes the process a Ray driver. Actors are found by name and called with builtin
+values and arrays, so no code of the aggregator is needed here. Ray Client (`ray://`) is never used.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import ray
+import ray.exceptions
+
+from ..schemas import RecordKey, RunDescription, WirePartial
+from ..schemas.delivery import COORDINATOR, NAMESPACE, Durability, Opened, PushReply
+
+CALL_SECONDS = 60.0
+
+_T = TypeVar("_T")
+
+
+class SessionError(Exception):
+    """The aggregator could not be reached; trying again may help."""
+
+
+class RaySession:
+    """One rank's session: opened again after every failure, so each method may raise SessionError."""
+
+    def __init__(self, address: str, run: RunDescription, rank: int) -> None:
+        self._address = address
+        self._run = run
+        self._rank = rank
+        self._attempt = 0
+        self._owners: dict[int, str] = {}
+        self._actors: dict[str, Any] = {}
+
+    def open(self) -> None:
+        """Joins the cluster, announces the run, learns its attempt and who owns which layer."""
+
+        def opening() -> None:
+            if not ray.is_initialized():
+                ray.init(
+                    address=self._address,
+                    namespace=NAMESPACE,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=False,
+                )
+            coordinator = ray.get_actor(COORDINATOR, namespace=NAMESPACE)
+            opened: Any = ray.get(coordinator.open_run.remote(self._run.to_wire()), timeout=CALL_SECONDS)
+            self._attempt, self._owners = Opened(*opened)
+            self._actors = {COORDINATOR: coordinator}
+            for name in set(self._owners.values()):
+                self._actors[name] = ray.get_actor(name, namespace=NAMESPACE)
+                ray.get(
+                    self._actors[name].open_run.remote(self._run.to_wire(), self._attempt),
+                    timeout=CALL_SECONDS,
+                )
+
+        self._calling(opening)
+
+    def key(self, wire: WirePartial) -> RecordKey:
+        """The record that a partial belongs to under this launch's attempt."""
+        header = wire.header
+        return RecordKey(
+            header["run_id"], self._attempt, header["step"], header["layer"], header["site"], header["expert"]
+        )
+
+    def push(self, wires: list[WirePartial]) -> list[PushReply]:
+        """Pushes partials to the shards that own them; stamps them with this launch's attempt."""
+
+        def pushing() -> list[PushReply]:
+            answers: list[Any] = []
+            for wire in wires:
+                owner = self._actors[self._owners[wire.header["layer"]]]
+                header = wire.header | {"attempt": self._attempt}
+                answers.append(owner.push.remote(header, wire.mean, wire.scatter))
+            return list(ray.get(answers, timeout=CALL_SECONDS))
+
+        return self._calling(pushing)
+
+    def durable(self, keys: list[RecordKey]) -> list[tuple[bool, str]]:
+        """For each record, whether it is durable and the incarnation of the shard that says so."""
+
+        def asking() -> list[tuple[bool, str]]:
+            by_owner: dict[str, list[int]] = {}
+            for index, key in enumerate(keys):
+                by_owner.setdefault(self._owners[key.layer], []).append(index)
+            result: list[tuple[bool, str]] = [(False, "")] * len(keys)
+            for owner, indices in by_owner.items():
+                wanted = [tuple(keys[index]) for index in indices]
+                answer: Durability = ray.get(self._actors[owner].durable.remote(wanted), timeout=CALL_SECONDS)
+                for index, durable in zip(indices, answer.durable, strict=True):
+                    result[index] = (durable, answer.incarnation)
+            return result
+
+        return self._calling(asking)
+
+    def heartbeat(self, dropped: dict[str, int]) -> None:
+        """Says that the rank lives, and what it has lost so far by reason."""
+        self._tell("heartbeat", dropped)
+
+    def finish(self, clean: bool, dropped: dict[str, int]) -> None:
+        """Says that the rank sends nothing more; `clean` if it closed, False if it died."""
+        self._tell("finish", clean, dropped)
+
+    def close(self) -> None:
+        ray.shutdown()
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        call = getattr(self._actors[COORDINATOR], method)
+        self._calling(
+            lambda: ray.get(call.remote(self._run.run_id, self._attempt, self._rank, *arguments), timeout=CALL_SECONDS)
+        )
+
+    def _calling(self, call: Callable[[], _T]) -> _T:
+        try:
+            return call()
+        except (ray.exceptions.RayError, ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SessionError(f"aggregator at {self._address}: {first_line}") from error
