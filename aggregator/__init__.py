@@ -1,0 +1,1 @@
+"""What runs on the Ray side: merge, solve, measure, judge, store, expose."""

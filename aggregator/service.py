@@ -1,0 +1,172 @@
+"""The service: an aggregator on a Ray cluster, its own or an existing one, and the endpoint in front of it.
+
+Runs in the process of `eigenwatch serve`, which is the driver of the actors: they end with it, so nothing is left on a
+shared cluster. The port and the store are checked before Ray is touched, since they fail most often.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.util
+
+from ..schemas.delivery import COORDINATOR, NAMESPACE
+from .coordinator import Coordinator
+from .exporter import Endpoint
+from .open_records import Launch
+from .shard import Shard, ShardLimits
+from .snapshot import RunState, ShardSnapshot, Snapshot
+from .solver import SolverConfig
+from .writer import StoreWriter
+
+log = logging.getLogger("eigenwatch.aggregator")
+
+SNAPSHOT_SECONDS = 1.0
+SCHEDULE_SECONDS = 60.0
+"""How long an actor may wait for its resources before starting counts as failed."""
+FLUSH_SECONDS = 120.0
+CALL_SECONDS = 30.0
+OBJECT_STORE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceConfig:
+    """What `eigenwatch serve` was asked for."""
+
+    store: str
+    address: str | None = None
+    """An existing Ray cluster; None starts a local one."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 9845
+    """0 takes a free one."""
+    shards: int = 1
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    limits: ShardLimits = field(default_factory=ShardLimits)
+
+    def __post_init__(self) -> None:
+        if self.shards < 1:
+            raise ValueError(f"shards must be at least 1, got {self.shards}")
+
+
+class Service:
+    """A running aggregator: started on construction, ended by `close`."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        """Raises ValueError, with the remedy, where store, port, cluster or resources cannot be had."""
+        StoreWriter(config.store)
+        self._snapshot = Snapshot(0.0, [], [])
+        self._endpoint = Endpoint(lambda: self._snapshot, config.metrics_host, config.metrics_port)
+        try:
+            self.address = _connect(config)
+            self._coordinator, self._shards = _start_actors(config)
+        except BaseException:
+            self._endpoint.close()
+            ray.shutdown()
+            raise
+        self._stop = threading.Event()
+        self._poller = threading.Thread(target=self._poll, name="eigenwatch-snapshot", daemon=True)
+        self._poller.start()
+
+    @property
+    def metrics_url(self) -> str:
+        return self._endpoint.url
+
+    def running(self) -> list[RunState]:
+        """Launches under way."""
+        runs: list[RunState] = ray.get(self._coordinator.running.remote(), timeout=CALL_SECONDS)
+        return runs
+
+    def close(self) -> bool:
+        """Writes everything that was received and ends the actors; False if not all could be written in time."""
+        self._stop.set()
+        self._poller.join()
+        flushed = False
+        with contextlib.suppress(ray.exceptions.RayError):
+            closing = [shard.close.remote(FLUSH_SECONDS) for shard in self._shards]
+            flushed = all(ray.get(closing, timeout=FLUSH_SECONDS + CALL_SECONDS))
+        self._endpoint.close()
+        for actor in (self._coordinator, *self._shards):
+            ray.kill(actor)
+        ray.shutdown()
+        return flushed
+
+    def _poll(self) -> None:
+        while not self._stop.wait(SNAPSHOT_SECONDS):
+            try:
+                self._snapshot = self._take_snapshot()
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                # The old snapshot stays, with its age in it, so the staleness alert tells.
+                log.warning("no snapshot from the shards: %s", error)
+
+    def _take_snapshot(self) -> Snapshot:
+        runs: list[RunState]
+        ended: list[Launch]
+        runs, ended = ray.get(
+            [self._coordinator.running.remote(), self._coordinator.ended.remote()], timeout=CALL_SECONDS
+        )
+        shards: list[ShardSnapshot] = ray.get(
+            [shard.snapshot.remote(ended) for shard in self._shards], timeout=CALL_SECONDS
+        )
+        return Snapshot(time.time(), runs, shards)
+
+
+def _connect(config: ServiceConfig) -> str:
+    """Joins the cluster, or starts one; returns its address."""
+    common: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
+    if config.address is None:
+        ray.init(
+            address="local",
+            num_cpus=config.shards,
+            num_gpus=0 if config.solver.device == "cpu" else None,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            **common,
+        )
+    else:
+        if config.address.startswith("ray://"):
+            raise ValueError(f"address {config.address!r} is a Ray Client address: pass the cluster's host:port")
+        try:
+            ray.init(address=config.address, **common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"no Ray cluster at {config.address} ({first_line}): start one with `ray start --head`, or leave "
+                "--address out"
+            ) from None
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
+    if any(one["name"] == COORDINATOR for one in ray.util.list_named_actors(all_namespaces=False)):
+        raise ValueError("an aggregator runs on this Ray cluster already: use it, or stop it first")
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = 1 if config.solver.device != "cpu" and resources.get("GPU", 0) >= config.shards else 0
+    names = [f"shard-{index}" for index in range(config.shards)]
+    coordinator = _actor(Coordinator, name=COORDINATOR, num_cpus=0).remote(config.store, names)
+    shards = [
+        _actor(Shard, name=name, num_cpus=1, num_gpus=gpus).remote(config.store, config.solver, config.limits)
+        for name in names
+    ]
+    try:
+        ray.get(
+            [coordinator.running.remote(), *(one.snapshot.remote([]) for one in shards)],
+            timeout=SCHEDULE_SECONDS,
+        )
+    except ray.exceptions.GetTimeoutError:
+        raise ValueError(
+            f"{config.shards} shards (1 CPU, {gpus} GPU each) were not scheduled in {SCHEDULE_SECONDS:.0f} s: free "
+            "resources on the cluster, or ask for fewer with --shards"
+        ) from None
+    return coordinator, shards
+
+
+def _actor(kind: Any, **options: Any) -> Any:
+    """A Ray actor class whose methods run in several threads and which Ray starts again when it dies."""
+    return ray.remote(kind).options(max_concurrency=8, max_restarts=-1, **options)

@@ -1,0 +1,349 @@
+"""A shard: merges the partials of its layers, solves, measures, judges and stores.
+
+`push` and the other methods are called from many threads (a Ray actor with several, or the agent's outbox in one
+process) and only merge. One worker thread does the rest: it closes records, solves them one after the other, and writes
+what is solved about once a second. A record counts, for couriers and for the endpoint, when its file is durable.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import Counter, OrderedDict, deque
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.dataset as ds
+from numpy.typing import NDArray
+
+from ..schemas import (
+    DATA_QUALITY,
+    METRIC_NAMES,
+    LayerDescription,
+    PartialCovariance,
+    PartialRefused,
+    RecordKey,
+    RunDescription,
+    SeriesKey,
+    WirePartial,
+    table_folder,
+)
+from ..schemas.delivery import Durability, PushReply
+from ..spectrum import measure
+from .judge import Judge
+from .open_records import ClosedRecord, Launch, OpenRecords
+from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, RunCounters, ShardSnapshot
+from .solver import SolveFailed, Solver, SolverConfig
+from .writer import StoreWriter
+
+log = logging.getLogger("eigenwatch.aggregator")
+
+WRITE_SECONDS = 1.0
+"""A solved record waits at most about this long for others to share its file."""
+REMEMBERED_RECORDS = 200_000
+"""Durable records that a shard remembers, so that a partial pushed again is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardLimits:
+    """What a shard waits for and holds."""
+
+    deadline_seconds: float = 60.0
+    """A record is stored incomplete when the last rank has not come this long after the first."""
+    memory_bytes: int = 4 << 30
+    """Groups being merged; beyond it couriers are told to push again later."""
+
+    def __post_init__(self) -> None:
+        for name in ("deadline_seconds", "memory_bytes"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class _Solved(NamedTuple):
+    key: RecordKey
+    record: dict[str, Any]
+    eigenvalues: NDArray[np.float32] | None
+    alerts: list[dict[str, Any]]
+
+
+class Shard:
+    """The state of one shard; `close` writes everything it holds."""
+
+    def __init__(self, store: str, solver: SolverConfig, limits: ShardLimits) -> None:
+        self.incarnation = uuid.uuid4().hex
+        self._writer = StoreWriter(store)
+        self._solver = Solver(solver)
+        self._runs: dict[Launch, dict[tuple[int, str, int | None], LayerDescription]] = {}
+        self._open = OpenRecords(limits.deadline_seconds, limits.memory_bytes)
+        self._durable: OrderedDict[RecordKey, int] = OrderedDict()
+        """Ranks in each durable record."""
+        self._judge = Judge()
+        self._latest: dict[SeriesKey, LatestRecord] = {}
+        self._received: Counter[str] = Counter()
+        self._duplicated: Counter[str] = Counter()
+        self._written: Counter[str] = Counter()
+        self._dropped: Counter[tuple[str, str]] = Counter()
+        self._solve_seconds = Histogram.empty(SOLVE_BOUNDS)
+        self._latency_seconds = Histogram.empty(LATENCY_BOUNDS)
+        self._backlog: deque[ClosedRecord] = deque()
+        self._solved: list[_Solved] = []
+        self._write_at = 0.0
+        self._written_at = datetime.fromtimestamp(0, UTC)
+        self._flushing = self._stopping = False
+        self._changed = threading.Condition(threading.RLock())
+        self._worker = threading.Thread(target=self._work, name="eigenwatch-shard", daemon=True)
+        self._worker.start()
+
+    def open_run(self, run_wire: dict[str, Any], attempt: int) -> None:
+        """Learns a launch's layers and ranks, and what of it the store has already. Idempotent."""
+        run = RunDescription.from_wire(run_wire)
+        launch = (run.run_id, attempt)
+        with self._changed:
+            if launch in self._runs:
+                return
+        stored = _stored_records(self._writer, run.run_id, attempt)
+        with self._changed:
+            for key, ranks_seen in stored.items():
+                self._durable[key] = max(ranks_seen, self._durable.get(key, 0))
+            self._runs[launch] = {(layer.layer, layer.site, layer.expert): layer for layer in run.layers}
+
+    def push(self, header: dict[str, Any], mean: NDArray[np.float64], scatter: NDArray[np.float32]) -> PushReply:
+        """Merges one partial, given in its wire form."""
+        try:
+            partial = PartialCovariance.from_wire(WirePartial(header, mean, scatter))
+            return self._merge(partial)
+        except PartialRefused as refused:
+            log.warning("partial refused: %s", refused)
+            run_id = header.get("run_id") if isinstance(header, dict) else None
+            with self._changed:
+                known = any(run == run_id for run, _ in self._runs)
+                self._dropped[(str(run_id) if known else "unknown", refused.reason)] += 1
+            return PushReply("refused", self.incarnation, refused.reason, str(refused))
+
+    def durable(self, keys: list[tuple[Any, ...]]) -> Durability:
+        """Which of these records are durable."""
+        with self._changed:
+            return Durability(self.incarnation, [RecordKey(*key) in self._durable for key in keys])
+
+    def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
+        """The state for the endpoint; launches that have ended are forgotten first."""
+        with self._changed:
+            self._forget(set(ended))
+            runs = {run for run, _ in self._runs} | set(self._received) | {run for run, _ in self._dropped}
+            return ShardSnapshot(
+                self.incarnation,
+                list(self._latest.values()),
+                list(self._judge.alerts.values()),
+                {run: self._counters(run) for run in sorted(runs)},
+                self._solve_seconds,
+                self._latency_seconds,
+            )
+
+    def flush(self, timeout_seconds: float) -> bool:
+        """Closes every open record, complete or not, and writes all; False if that took longer."""
+        deadline = time.monotonic() + timeout_seconds
+        with self._changed:
+            self._flushing = True
+            self._changed.notify_all()
+            while len(self._open) or self._backlog or self._solved:
+                if not self._changed.wait(min(0.1, max(deadline - time.monotonic(), 0.0))) and (
+                    time.monotonic() >= deadline
+                ):
+                    return False
+            self._flushing = False
+        return True
+
+    def close(self, timeout_seconds: float) -> bool:
+        """Flushes and ends the worker."""
+        flushed = self.flush(timeout_seconds)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._worker.join(timeout_seconds)
+        return flushed
+
+    def _merge(self, partial: PartialCovariance) -> PushReply:
+        key = partial.key
+        with self._changed:
+            layers = self._runs.get((key.run_id, key.attempt))
+            if layers is None:
+                return PushReply("unknown_run", self.incarnation)
+            layer = layers.get((key.layer, key.site, key.expert))
+            if layer is None or partial.rank not in layer.ranks:
+                raise PartialRefused(
+                    "unexpected",
+                    f"run {key.run_id} announced no layer {key.layer} ({key.site}) on rank {partial.rank}",
+                )
+            if partial.width != layer.width:
+                raise PartialRefused(
+                    "width",
+                    f"layer {key.layer} of run {key.run_id} has width {layer.width}, got {partial.width}",
+                )
+            if self._durable.get(key) == len(layer.ranks):
+                self._duplicated[key.run_id] += 1
+                return PushReply("durable", self.incarnation)
+            merged = self._open.merge(partial, len(layer.ranks), time.monotonic())
+            if merged == "merged":
+                self._received[key.run_id] += 1
+                self._changed.notify_all()
+            elif merged == "duplicate":
+                self._duplicated[key.run_id] += 1
+            return PushReply(merged, self.incarnation)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._backlog.extend(self._open.close_due(time.monotonic(), everything=self._flushing))
+                if not self._backlog:
+                    if self._stopping and not self._solved:
+                        return
+                    wait = 0.25 if not self._solved else max(self._write_at - time.monotonic(), 0.0)
+                    if not self._flushing and wait > 0:
+                        self._changed.wait(min(wait, 0.25))
+                    elif not self._solved:
+                        self._changed.wait(0.05)
+                closed = self._backlog.popleft() if self._backlog else None
+            if closed is not None:
+                self._solve(closed)
+            idle = self._flushing and not self._backlog
+            if self._solved and (time.monotonic() >= self._write_at or idle):
+                self._write()
+
+    def _solve(self, closed: ClosedRecord) -> None:
+        key, group = closed.key, closed.group
+        if len(group.ranks) <= self._durable.get(key, 0):
+            # Only a late rank, after its record's group was given up: the stored record knows more.
+            with self._changed:
+                self._dropped[(key.run_id, "late")] += len(group.ranks)
+                self._open.settled(key)
+                self._changed.notify_all()
+            return
+        started = time.perf_counter()
+        spectrum, path = None, None
+        if group.finite:
+            try:
+                solved = self._solver.solve(group.covariance())
+                spectrum, path = solved.eigenvalues, solved.path
+            except SolveFailed as error:
+                log.error("layer %d step %d was not solved: %s", key.layer, key.step, error)
+        measured: dict[str, Any] = dict.fromkeys((*METRIC_NAMES, "hard_rank_correction"))
+        if spectrum is not None:
+            measured = measure(group, spectrum)
+        seconds = time.perf_counter() - started
+        key_columns = key._asdict()
+        del key_columns["run_id"]
+        record = {
+            **key_columns,
+            "width": group.width,
+            "tokens": group.tokens,
+            "tokens_per_width": group.tokens / group.width,
+            **measured,
+            "finite": group.finite,
+            "complete": closed.complete,
+            "ranks_seen": len(group.ranks),
+            "ranks_expected": closed.ranks_expected,
+            "form": "scatter",
+            "solver": path,
+            "solve_seconds": seconds,
+            "captured_at": datetime.fromtimestamp(closed.captured_at, UTC),
+        }
+        with self._changed:
+            if not self._solved:
+                self._write_at = time.monotonic() + WRITE_SECONDS
+            alerts = self._judge.judge(key, record) if spectrum is not None or not group.finite else []
+            values = None if spectrum is None else spectrum.float().numpy()
+            self._solved.append(_Solved(key, record, values, alerts))
+            self._solve_seconds = self._solve_seconds.observe(seconds)
+
+    def _write(self) -> None:
+        """Writes what is solved, a file a table and run; the records last, since they make the rest count."""
+        self._written_at = max(datetime.now(UTC), self._written_at + timedelta(microseconds=1))
+        by_run: dict[str, list[_Solved]] = {}
+        for solved in self._solved:
+            by_run.setdefault(solved.key.run_id, []).append(solved)
+        for run_id, batch in by_run.items():
+            stamp = {"written_at": self._written_at}
+            tables = {
+                "eigenvalues": [
+                    {name: one.record[name] for name in ("step", "attempt", "layer", "site", "expert")}
+                    | {"eigenvalues": one.eigenvalues}
+                    | stamp
+                    for one in batch
+                    if one.eigenvalues is not None
+                ],
+                "alerts": [row | stamp for one in batch for row in one.alerts],
+                "records": [one.record | stamp for one in batch],
+            }
+            try:
+                for table, rows in tables.items():
+                    if rows:
+                        self._writer.append(table, run_id, rows)
+            except OSError as error:
+                log.error("run %s: the store refused %d records, trying again: %s", run_id, len(batch), error)
+                self._write_at = time.monotonic() + WRITE_SECONDS
+                time.sleep(0.2)
+                return
+            self._settle(run_id, batch)
+
+    def _settle(self, run_id: str, batch: list[_Solved]) -> None:
+        now = time.time()
+        with self._changed:
+            for one in batch:
+                self._open.settled(one.key)
+                self._durable[one.key] = one.record["ranks_seen"]
+                latest = self._latest.get(one.key.series)
+                if latest is None or latest.step <= one.key.step:
+                    self._latest[one.key.series] = LatestRecord(one.key.series, one.key.step, now, _gauges(one.record))
+                latency = max(now - one.record["captured_at"].timestamp(), 0.0)
+                self._latency_seconds = self._latency_seconds.observe(latency)
+            while len(self._durable) > REMEMBERED_RECORDS:
+                self._durable.popitem(last=False)
+            self._written[run_id] += len(batch)
+            self._solved = [one for one in self._solved if one.key.run_id != run_id]
+            self._changed.notify_all()
+
+    def _counters(self, run: str) -> RunCounters:
+        dropped = tuple((reason, n) for (owner, reason), n in sorted(self._dropped.items()) if owner == run)
+        return RunCounters(self._received[run], self._duplicated[run], self._written[run], dropped)
+
+    def _forget(self, ended: set[Launch]) -> None:
+        gone = ended & self._runs.keys()
+        if not gone:
+            return
+        for launch in gone:
+            del self._runs[launch]
+        for series in [one for one in self._latest if (one.run_id, one.attempt) in gone]:
+            del self._latest[series]
+        for key in [one for one in self._durable if (one.run_id, one.attempt) in gone]:
+            del self._durable[key]
+        for run in {run for run, _ in gone} - {run for run, _ in self._runs}:
+            for counter in (self._received, self._duplicated, self._written):
+                del counter[run]
+            for name in [one for one in self._dropped if one[0] == run]:
+                del self._dropped[name]
+        self._judge.forget(gone)
+        self._open.forget(gone)
+
+
+def _gauges(record: dict[str, Any]) -> dict[str, float]:
+    names = (*METRIC_NAMES, *(metric.name for metric in DATA_QUALITY))
+    return {name: float(record[name]) for name in names if record[name] is not None}
+
+
+def _stored_records(writer: StoreWriter, run_id: str, attempt: int) -> dict[RecordKey, int]:
+    """Ranks in each record of a launch that the store has, for a shard that restarted."""
+    folder = table_folder(writer.store, run_id, "records")
+    if attempt < 0 or not folder.is_dir():
+        return {}
+    columns = ["step", "layer", "site", "expert", "ranks_seen"]
+    table = ds.dataset(folder, format="parquet").to_table(columns, filter=ds.field("attempt") == attempt)
+    stored: dict[RecordKey, int] = {}
+    for row in table.to_pylist():
+        ranks_seen = row.pop("ranks_seen")
+        key = RecordKey(run_id=run_id, attempt=attempt, **row)
+        stored[key] = max(ranks_seen, stored.get(key, 0))
+    return stored

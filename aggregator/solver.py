@@ -1,0 +1,68 @@
+"""The solver: eigenvalues of one covariance, by the first rung of a ladder that succeeds.
+
+Runs on the shard's worker thread; torch releases the interpreter lock while it works, so pushes go on.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spectrum import eigenvalues
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SolverConfig:
+    """Where covariances are solved."""
+
+    device: str = "auto"
+    """"cuda", "cpu", or "auto": a GPU where Ray gave this process one, else the CPU."""
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+
+
+class Solved(NamedTuple):
+    """A spectrum and how it was found."""
+
+    eigenvalues: Tensor
+    """(D,) float64 on the CPU, descending."""
+    path: str
+    """The rung that succeeded, such as "cpu-float64"."""
+    seconds: float
+
+
+class SolveFailed(RuntimeError):
+    """No rung of the ladder found the eigenvalues."""
+
+
+class Solver:
+    """Solves in float64 on the GPU if there is one, else, or when that fails, on the CPU."""
+
+    def __init__(self, config: SolverConfig) -> None:
+        gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        self._ladder = ("cuda", "cpu") if gpu else ("cpu",)
+
+    def solve(self, covariance: Tensor) -> Solved:
+        """Eigenvalues of a finite (D, D) covariance.
+
+        Raises:
+            SolveFailed: every rung failed; the message says how.
+        """
+        started = time.perf_counter()
+        failures = []
+        for device in self._ladder:
+            try:
+                found = eigenvalues(covariance.to(device)).cpu()
+            except (RuntimeError, ValueError) as error:  # LinAlgError and OutOfMemoryError are RuntimeErrors
+                failures.append(f"{device}: {error}")
+                continue
+            if bool(torch.isfinite(found).all()):
+                return Solved(found, f"{device}-float64", time.perf_counter() - started)
+            failures.append(f"{device}: not finite")
+        raise SolveFailed("; ".join(failures))
