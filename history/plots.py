@@ -1,0 +1,207 @@
+"""The paper's pictures of one run, as matplotlib figures: for a file, a report or a notebook.
+
+matplotlib is the extra `report`, so it is imported when the first picture is drawn. Figures are made
+directly, never through pyplot: nothing global is touched, any thread may draw.
+
+Trouble is dark where utilization is drawn and bright, hot, where concentration is. The colours are
+perceptually uniform and safe for the colour-blind.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .session import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+LOWEST_UTILIZATION = 1e-5
+"""Where the logarithmic colours end; below it, zero included, a cell has the darkest colour."""
+EMPTY_COLOUR, HATCH_COLOUR, HATCH = "0.88", "0.35", "////"
+
+
+class _Panel(NamedTuple):
+    column: str
+    title: str
+    unit: str
+    colours: str
+    logarithmic: bool
+
+
+_PANELS = (
+    _Panel("hard_utilization", "Hard utilization", "share of the width, log", "viridis", True),
+    _Panel("soft_utilization", "Soft utilization", "share of the width, log", "viridis", True),
+    _Panel("spectral_concentration", "Spectral concentration", "0: flat, 1: one direction", "magma", False),
+)
+
+
+def layer_step_heatmaps(history: History, run_id: str, *, site: str = "post") -> "Figure":
+    """Hard utilization, soft utilization and spectral concentration of every layer over training.
+
+    Side by side; rows are layers, layer 0 at the bottom; columns are the sampled steps at their place on the
+    step axis, each as wide as the way to its neighbours. In a mixture of experts a cell is the median over
+    the experts. Cells whose activations were not finite are hatched, cells without a record are grey.
+
+    Returns:
+        A figure about 1000 pixels wide; `figure.savefig("run.png")` writes it.
+
+    Raises:
+        ValueError: the run has no records of that site.
+        ImportError: matplotlib is not installed.
+
+    Source: Jha & Reagen 2025, the layer×step figures.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError:
+        raise ImportError("pictures need matplotlib: pip install 'eigenwatch[report]'") from None
+
+    grid = _grid(history, run_id, site)
+    layout = ConstrainedLayoutEngine(wspace=0.05)
+    figure = Figure(figsize=(10, _height_inches(len(grid.layers))), dpi=100, layout=layout)
+    axes = figure.subplots(1, len(_PANELS), sharey=True, squeeze=False)[0]
+    for axis, panel in zip(axes, _PANELS, strict=True):
+        _draw(figure, axis, panel, grid)
+    axes[0].set_ylabel("layer")
+    experts = ", median over experts" if grid.experts else ""
+    subtitle = f"how each feed-forward layer uses its width ({site}-activation{experts})"
+    figure.suptitle(f"{run_id}\n{subtitle}", fontsize=10)
+    _explain_empty_cells(figure, grid)
+    return figure
+
+
+class _Grid(NamedTuple):
+    """The records of a run as layer × step arrays."""
+
+    layers: NDArray[np.int64]  # (L,)
+    steps: NDArray[np.int64]  # (S,)
+    values: dict[str, NDArray[np.float64]]  # column → (L, S), NaN where null
+    recorded: NDArray[np.bool_]  # (L, S)
+    experts: bool
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        return ~self.recorded
+
+    @property
+    def not_finite(self) -> NDArray[np.bool_]:
+        return self.recorded & np.isnan(self.values[_PANELS[0].column])
+
+
+def _grid(history: History, run_id: str, site: str) -> _Grid:
+    medians = ", ".join(f"median({panel.column}) AS {panel.column}" for panel in _PANELS)
+    table = history.query(
+        f"SELECT layer, step, count(expert) > 0 AS experts, {medians} FROM records "
+        "WHERE run_id = ? AND site = ? GROUP BY layer, step",
+        [run_id, site],
+    )
+    if table.num_rows == 0:
+        known = history.query("SELECT DISTINCT run_id FROM records ORDER BY run_id LIMIT 10")
+        names = ", ".join(known.column("run_id").to_pylist()) or "no records yet"
+        raise ValueError(f"no records of run {run_id!r} at site {site!r}; the store has {names}")
+    layers, rows = np.unique(table.column("layer").to_numpy(), return_inverse=True)
+    steps, columns = np.unique(table.column("step").to_numpy(), return_inverse=True)
+    recorded = np.zeros((len(layers), len(steps)), dtype=bool)
+    recorded[rows, columns] = True
+    values = {}
+    for panel in _PANELS:
+        value_LS = np.full(recorded.shape, np.nan)
+        value_LS[rows, columns] = table.column(panel.column).to_numpy()
+        values[panel.column] = value_LS
+    return _Grid(layers, steps, values, recorded, any(table.column("experts").to_pylist()))
+
+
+def _draw(figure: "Figure", axis: "Axes", panel: _Panel, grid: _Grid) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    edges_x = step_edges(grid.steps)
+    edges_y = np.arange(len(grid.layers) + 1, dtype=np.float64) - 0.5
+    values_LS = np.ma.masked_invalid(grid.values[panel.column])
+    axis.set_facecolor(EMPTY_COLOUR)
+    norm, ticks = _utilization_scale(values_LS) if panel.logarithmic else _concentration_scale()
+    clipped = np.ma.clip(values_LS, norm.vmin, norm.vmax)
+    mesh = axis.pcolormesh(edges_x, edges_y, clipped, norm=norm, cmap=panel.colours, rasterized=True)
+    axis.add_collection(_hatching(grid.not_finite, edges_x, edges_y))
+    axis.set_title(panel.title, fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_xlim(edges_x[0], edges_x[-1])
+    first, last = int(grid.steps[0]), int(grid.steps[-1])
+    marks = MaxNLocator(5, integer=True).tick_values(first, last) if first < last else grid.steps
+    axis.set_xticks([mark for mark in marks if first <= mark <= last])
+    if last >= 10_000:
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    every = math.ceil(len(grid.layers) / 16)
+    axis.set_yticks(range(0, len(grid.layers), every), [str(layer) for layer in grid.layers[::every]])
+    axis.tick_params(labelsize=8)
+    bar = figure.colorbar(mesh, ax=axis, location="bottom", aspect=30, pad=0.03, label=panel.unit)
+    bar.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    bar.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
+
+
+def _hatching(
+    cells_LS: NDArray[np.bool_], edges_x: NDArray[np.float64], edges_y: NDArray[np.float64]
+) -> "PolyCollection":
+    from matplotlib.collections import PolyCollection
+
+    corners = [
+        [(edges_x[column + right], edges_y[row + up]) for right, up in ((0, 0), (1, 0), (1, 1), (0, 1))]
+        for row, column in np.argwhere(cells_LS)
+    ]
+    return PolyCollection(corners, facecolor="none", edgecolor=HATCH_COLOUR, linewidth=0, hatch=HATCH)
+
+
+def step_edges(steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(S+1,) where each step's cell begins and ends: halfway to its neighbours."""
+    if len(steps) == 1:
+        return np.array([steps[0] - 0.5, steps[0] + 0.5])
+    halfway = (steps[1:] + steps[:-1]) / 2
+    return np.concatenate([[2 * steps[0] - halfway[0]], halfway, [2 * steps[-1] - halfway[-1]]])
+
+
+def _utilization_scale(values_LS: Any) -> tuple["Normalize", list[float]]:
+    """Colours from below the least to above the greatest value, in steps of 1, 2, 5; one decade at least."""
+    from matplotlib.colors import LogNorm
+
+    found = np.clip(values_LS.compressed(), LOWEST_UTILIZATION, 1.0)
+    least, greatest = (float(found.min()), float(found.max())) if found.size else (1e-3, 1.0)
+    low, high, marks = _snapped(least, greatest, digits=(1, 2, 5))
+    if len(marks) > 7:
+        low, high, marks = _snapped(least, greatest, digits=(1,))
+    return LogNorm(low, high), marks
+
+
+def _snapped(least: float, greatest: float, digits: tuple[int, ...]) -> tuple[float, float, list[float]]:
+    marks = [float(f"{digit}e{power}") for power in range(-5, 0) for digit in digits] + [1.0]
+    high = min(mark for mark in marks if mark >= greatest)
+    low = max(mark for mark in marks if mark <= max(min(least, high / 10), LOWEST_UTILIZATION))
+    return low, high, [mark for mark in marks if low <= mark <= high]
+
+
+def _concentration_scale() -> tuple["Normalize", list[float]]:
+    from matplotlib.colors import Normalize
+
+    return Normalize(0, 1), [0, 0.25, 0.5, 0.75, 1]
+
+
+def _explain_empty_cells(figure: "Figure", grid: _Grid) -> None:
+    from matplotlib.patches import Patch
+
+    keys = []
+    if grid.not_finite.any():
+        keys.append(Patch(facecolor=EMPTY_COLOUR, edgecolor=HATCH_COLOUR, hatch=HATCH, label="activations not finite"))
+    if grid.missing.any():
+        keys.append(Patch(facecolor=EMPTY_COLOUR, edgecolor=HATCH_COLOUR, label="no record"))
+    if keys:
+        figure.legend(handles=keys, loc="outside lower right", ncols=len(keys), fontsize=8, frameon=False)
+
+
+def _height_inches(layers: int) -> float:
+    return min(2.6 + 0.14 * layers, 7.0)
