@@ -1,0 +1,1 @@
+"""What runs around eigenwatch: Prometheus rules, Grafana dashboards and their push, containers."""
