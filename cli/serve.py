@@ -1,0 +1,120 @@
+"""`eigenwatch serve`: an aggregator until it is told to stop."""
+
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from ..schemas import default_store
+
+if TYPE_CHECKING:
+    from ..aggregator.service import Service
+
+ORPHAN_SECONDS = 35.0
+"""After its trainer died: how long couriers may take to deliver what they hold."""
+CHILD_NICENESS = 5
+
+
+@click.command(epilog="Example: eigenwatch serve --store runs/ --address 10.0.0.1:6379")
+@click.option("--store", type=click.Path(), help="Folder of the history.  [$EIGENWATCH_STORE, ./eigenwatch-store]")
+@click.option("--address", help="An existing Ray cluster (host:port or auto); without it a local one is started.")
+@click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Where Prometheus may reach it.")
+@click.option("--metrics-port", default=9845, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
+@click.option("--shards", default=1, show_default=True, type=click.IntRange(1), help="Actors that share the layers.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Of the solver.",
+)
+@click.option("--deadline", default=60.0, show_default=True, help="Seconds that a record waits for its last rank.")
+@click.option("--json", "as_json", is_flag=True, help="Say where it serves as one line of JSON.")
+@click.option("--follow-stdin", is_flag=True, hidden=True, help="End when standard input does: an embedded aggregator.")
+def serve(
+    store: str | None,
+    address: str | None,
+    metrics_host: str,
+    metrics_port: int,
+    shards: int,
+    device: str,
+    deadline: float,
+    as_json: bool,
+    follow_stdin: bool,
+) -> None:
+    """Merge, solve, store and expose the telemetry of any number of runs.
+
+    Runs until SIGTERM or Ctrl-C, then writes everything that it has received.
+    """
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # whoever reaches Ray runs code; Ray reads it on import
+    from ..aggregator.service import Service, ServiceConfig
+    from ..aggregator.shard import ShardLimits
+    from ..aggregator.solver import SolverConfig
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if follow_stdin:
+        os.nice(CHILD_NICENESS)  # the training beside it comes first
+    stop = Stop()
+    service = Service(
+        ServiceConfig(
+            store=str(Path(store or default_store()).absolute()),
+            address=address,
+            metrics_host=metrics_host,
+            metrics_port=metrics_port,
+            shards=shards,
+            solver=SolverConfig(device=device),
+            limits=ShardLimits(deadline_seconds=deadline),
+        )
+    )
+    stop.install()  # Ray has set handlers of its own by now
+    where = {"address": service.address, "metrics_url": service.metrics_url, "pid": os.getpid()}
+    if as_json:
+        click.echo(json.dumps(where))
+    else:
+        click.echo(f"Serving on Ray at {service.address}; metrics at {service.metrics_url}")
+        click.echo(f"In the training: attach(model, run_id=…, aggregator={service.address!r}). Ctrl-C ends.")
+    while not stop.requested:
+        if follow_stdin:
+            if select.select([sys.stdin], [], [], 0.5)[0] and not os.read(sys.stdin.fileno(), 1024):
+                _wait_for_couriers(service, stop)
+                break
+        else:
+            stop.wait(0.5)
+    if not service.close():
+        raise click.ClickException("not everything could be written in time; agents still hold what is missing")
+
+
+class Stop:
+    """Whether SIGTERM or SIGINT has come."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.install()
+
+    def install(self) -> None:
+        signal.signal(signal.SIGTERM, self._request)
+        signal.signal(signal.SIGINT, self._request)
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps, at most `seconds`; a signal cuts it short."""
+        deadline = time.monotonic() + seconds
+        while not self.requested and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _request(self, _signal: int, _frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def _wait_for_couriers(service: "Service", stop: Stop) -> None:
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while service.running() and time.monotonic() < deadline and not stop.requested:
+        stop.wait(0.2)
