@@ -108,7 +108,7 @@ def attach(
         metrics_url = handover.metrics_url
     else:
         spool = Spool.create(default_root(limits.spool_bytes), run, ranks.rank)
-        handover = CourierHandover(spool, served, limits.spool_bytes)
+        handover = CourierHandover(spool, served.address, limits.spool_bytes)
     outbox = Outbox(handover, run_id, ranks.rank, limits)
     agent = Agent(run, ranks, found, schedule, outbox, embedded, metrics_url)
     log.info("%s", agent)

@@ -165,7 +165,7 @@ class Courier:
 
 def main() -> None:
     """Entry point of the process."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     folder, address = sys.argv[1:3]
     os.nice(5)  # the training comes first
     spool = Spool(Path(folder))

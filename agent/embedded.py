@@ -23,8 +23,6 @@ class Served(NamedTuple):
     address: str
     """Of the Ray cluster."""
     metrics_url: str | None = None
-    owns_ray: bool = False
-    """Whether we started that Ray, with token authentication."""
 
 
 class EmbeddedAggregator:
@@ -68,7 +66,7 @@ class EmbeddedAggregator:
         line = self._process.stdout.readline() if readable else b""
         with contextlib.suppress(ValueError, KeyError):
             ready = json.loads(line)
-            return Served(ready["address"], ready["metrics_url"], owns_ray=True)
+            return Served(ready["address"], ready["metrics_url"])
         self._process.kill()
         self._process.wait()
         words = Path(self._log.name).read_text(errors="replace").strip().splitlines()

@@ -14,13 +14,15 @@ from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from ..schemas import PartialCovariance, RunDescription
-from .embedded import Served
+from ..schemas.ray_token import token_environment
 from .spool import Spool
 
 log = logging.getLogger("eigenwatch.agent")
 
 RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before a courier is started again, by the number of starts."""
+UNDELIVERED_SECONDS = 60.0
+"""A partial that waits longer than this for its record is worth a warning."""
 HEALTHY_SECONDS = 60.0
 """A courier that ran this long is forgiven its earlier deaths."""
 
@@ -43,12 +45,13 @@ class Handover(Protocol):
 class CourierHandover:
     """Hands over through the spool, and keeps a courier running."""
 
-    def __init__(self, spool: Spool, served: Served, spool_bytes: int) -> None:
+    def __init__(self, spool: Spool, address: str, spool_bytes: int) -> None:
         self.dropped: Counter[str] = Counter()
         self._spool = spool
-        self._address, self._environment = served.address, _courier_environment(served.owns_ray)
+        self._address = address
         self._spool_bytes = spool_bytes
         self._sent = 0
+        self._warned = False
         self._starts = 0
         self._started_at = self._next_start = 0.0
         self._courier: subprocess.Popen[bytes] | None = None
@@ -68,6 +71,10 @@ class CourierHandover:
 
     def tick(self, dropped: dict[str, int]) -> None:
         self._supervise()
+        waiting = self._spool.oldest_seconds()
+        if waiting > UNDELIVERED_SECONDS and not self._warned:
+            log.warning("partials wait for delivery since %.0f s; training goes on: %s", waiting, self._last_words())
+        self._warned = waiting > UNDELIVERED_SECONDS
         self._tell({"dropped": dropped})
 
     def close(self, timeout_seconds: float, dropped: dict[str, int]) -> int:
@@ -118,14 +125,15 @@ class CourierHandover:
                 self._next_start = now + wait
         if now < self._next_start:
             return
-        with (self._spool.folder / "courier.log").open("ab") as courier_log:
+        folder = self._spool.folder
+        with (folder / "courier.log").open("ab") as courier_log, (folder / "courier.err").open("ab") as errors:
             self._courier = subprocess.Popen(
                 [sys.executable, "-m", "eigenwatch.agent.courier", str(self._spool.folder), self._address],
                 stdin=subprocess.PIPE,
                 stdout=courier_log,
-                stderr=courier_log,
+                stderr=errors,
                 start_new_session=True,  # Ctrl-C reaches the rank, which closes; the courier then delivers the rest
-                env=self._environment,
+                env=_courier_environment(),
             )
         assert self._courier.stdin is not None
         os.set_blocking(self._courier.stdin.fileno(), False)
@@ -140,10 +148,11 @@ class CourierHandover:
             os.write(self._courier.stdin.fileno(), json.dumps(message).encode() + b"\n")
 
     def _last_words(self) -> str:
-        with contextlib.suppress(OSError):
-            lines = (self._spool.folder / "courier.log").read_text(errors="replace").strip().splitlines()
-            if lines:
-                return lines[-1]
+        for name in ("courier.log", "courier.err"):  # Ray writes much into the second
+            with contextlib.suppress(OSError):
+                lines = (self._spool.folder / name).read_text(errors="replace").strip().splitlines()
+                if lines:
+                    return lines[-1]
         return "no message"
 
 
@@ -171,11 +180,9 @@ class InlineHandover:
         return int(self.aggregator.finish(self._run.run_id, self._attempt, self._rank, dropped, timeout_seconds))
 
 
-def _courier_environment(owns_ray: bool) -> dict[str, str]:
+def _courier_environment() -> dict[str, str]:
     # The courier is not a rank: variables that would make its libraries use many threads or join the job go.
     environment = dict(os.environ)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    if owns_ray:
-        environment.setdefault("RAY_AUTH_MODE", "token")
-    return environment | {"OMP_NUM_THREADS": "1"}
+    return environment | token_environment(environment) | {"OMP_NUM_THREADS": "1"}

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,6 +100,15 @@ class Spool:
             return self._path(number).stat().st_size
         except FileNotFoundError:
             return 0
+
+    def oldest_seconds(self) -> float:
+        """Age of the oldest stored partial; 0 where there is none."""
+        for number in self.numbers():
+            try:
+                return max(time.time() - self._path(number).stat().st_mtime, 0.0)
+            except FileNotFoundError:
+                continue
+        return 0.0
 
     def discard(self) -> None:
         """Removes the folder and whatever is in it."""

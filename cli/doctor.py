@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import click
 
 from ..schemas import default_store
+from ..schemas.ray_token import token_environment
 
 
 class Finding(NamedTuple):
@@ -138,7 +139,7 @@ def _endpoint() -> Finding:
 
 
 def _ray() -> Finding:
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.update(token_environment(os.environ, starts_ray=True))
     import ray
 
     started = time.perf_counter()

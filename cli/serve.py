@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..schemas import default_store
+from ..schemas.ray_token import token_environment
 
 if TYPE_CHECKING:
     from ..aggregator.service import Service
@@ -54,8 +55,7 @@ def serve(
 
     Runs until SIGTERM or Ctrl-C, then writes everything that it has received.
     """
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # whoever reaches Ray runs code; Ray reads it on import
+    os.environ.update(token_environment(os.environ, starts_ray=address is None))
     from ..aggregator.service import Service, ServiceConfig
     from ..aggregator.shard import ShardLimits
     from ..aggregator.solver import SolverConfig
