@@ -10,6 +10,7 @@ import atexit
 import logging
 import operator
 import os
+import re
 import time
 import uuid
 from types import TracebackType
@@ -126,6 +127,10 @@ def _check_aggregator(aggregator: str, store: Any, ranks: Ranks) -> None:
     if aggregator not in ("inline", "embedded"):
         if aggregator.startswith("ray://"):
             raise ValueError(f"aggregator {aggregator!r} is a Ray Client address: pass the cluster's host:port")
+        if aggregator != "auto" and not re.fullmatch(r".+:\d+", aggregator):
+            raise ValueError(
+                f"aggregator {aggregator!r} is none of 'embedded', 'inline', 'auto' and the host:port of a Ray cluster"
+            )
         if store is not None:
             raise ValueError("store belongs to the aggregator: leave it out here and pass it to `eigenwatch serve`")
 

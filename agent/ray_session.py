@@ -12,7 +12,7 @@ import ray
 import ray.exceptions
 
 from ..schemas import RecordKey, RunDescription, WirePartial
-from ..schemas.delivery import COORDINATOR, NAMESPACE, Durability, Opened, PushReply
+from ..schemas.delivery import COORDINATOR, NAMESPACE, Durability, Opened, PushReply, check_reachable
 
 CALL_SECONDS = 60.0
 
@@ -39,6 +39,7 @@ class RaySession:
 
         def opening() -> None:
             if not ray.is_initialized():
+                check_reachable(self._address)
                 ray.init(
                     address=self._address,
                     namespace=NAMESPACE,
@@ -116,6 +117,6 @@ class RaySession:
     def _calling(self, call: Callable[[], _T]) -> _T:
         try:
             return call()
-        except (ray.exceptions.RayError, ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SessionError(f"aggregator at {self._address}: {first_line}") from error

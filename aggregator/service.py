@@ -17,7 +17,7 @@ import ray
 import ray.exceptions
 import ray.util
 
-from ..schemas.delivery import COORDINATOR, NAMESPACE
+from ..schemas.delivery import COORDINATOR, NAMESPACE, check_reachable
 from .coordinator import Coordinator
 from .exporter import Endpoint
 from .open_records import Launch
@@ -133,8 +133,9 @@ def _connect(config: ServiceConfig) -> str:
         if config.address.startswith("ray://"):
             raise ValueError(f"address {config.address!r} is a Ray Client address: pass the cluster's host:port")
         try:
+            check_reachable(config.address)
             ray.init(address=config.address, **common)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"no Ray cluster at {config.address} ({first_line}): start one with `ray start --head`, or leave "

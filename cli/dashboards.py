@@ -11,7 +11,7 @@ from ..deploy.dashboards import GRAFANA, committed_dashboards, load_dashboard, u
 from ..deploy.grafana_push import TOKEN_VARIABLE, GrafanaAddress, GrafanaPushError, push
 
 
-@click.group(name="dashboards")
+@click.group(name="dashboards", epilog="Example: eigenwatch dashboards push --url http://localhost:3000")
 def dashboards() -> None:
     """Write, check or push the Grafana dashboards.
 

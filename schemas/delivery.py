@@ -1,5 +1,6 @@
 """The words that a courier and the aggregator exchange about a partial."""
 
+import socket
 from typing import Literal, NamedTuple
 
 NAMESPACE = "eigenwatch"
@@ -7,6 +8,21 @@ COORDINATOR = "coordinator"
 """Name of the coordinator actor in `NAMESPACE`."""
 
 PushStatus = Literal["merged", "duplicate", "durable", "busy", "unknown_run", "refused"]
+
+
+def check_reachable(address: str, timeout_seconds: float = 5.0) -> None:
+    """Opens a connection to a Ray cluster's address and closes it; Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody listens there.
+        ValueError: it is not host:port.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"address {address!r} is not host:port")
+    socket.create_connection((host, int(port)), timeout_seconds).close()
 
 
 class PushReply(NamedTuple):
