@@ -145,7 +145,7 @@ def _connect(config: ServiceConfig) -> str:
 
 
 def _start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
-    if any(one["name"] == COORDINATOR for one in ray.util.list_named_actors(all_namespaces=False)):
+    if COORDINATOR in ray.util.list_named_actors():
         raise ValueError("an aggregator runs on this Ray cluster already: use it, or stop it first")
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = 1 if config.solver.device != "cpu" and resources.get("GPU", 0) >= config.shards else 0

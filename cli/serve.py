@@ -82,6 +82,8 @@ def serve(
     else:
         click.echo(f"Serving on Ray at {service.address}; metrics at {service.metrics_url}")
         click.echo(f"In the training: attach(model, run_id=…, aggregator={service.address!r}). Ctrl-C ends.")
+        if address is None:
+            click.echo("Processes of another user or host need this Ray's token: ~/.ray/auth_token, or RAY_AUTH_TOKEN.")
     while not stop.requested:
         if follow_stdin:
             if select.select([sys.stdin], [], [], 0.5)[0] and not os.read(sys.stdin.fileno(), 1024):

@@ -1,0 +1,162 @@
+"""What eigenwatch costs a training step, in one run: python benchmarks/overhead.py
+
+Alternating blocks on one rank with the embedded aggregator, medians with their quartiles. Before a step is timed the
+aggregator is idle, so that the stall is what the training thread pays and not the noise of a solver on the same cores.
+"""
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from eigenwatch.agent import Agent, attach
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+TOKENS, MODEL_DIM, WIDTH, LAYERS = 4096, 512, 2048, 2
+ROUNDS = 7
+QUIET_BLOCKS, QUIET_STEPS = 40, 20
+
+
+class FeedForward(nn.Module):
+    def __init__(self, model_dim: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(model_dim, width, bias=False)
+        self.up_proj = nn.Linear(model_dim, width, bias=False)
+        self.down_proj = nn.Linear(width, model_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Model(nn.Module):
+    def __init__(self, model_dim: int, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"mlp": FeedForward(model_dim, width)}) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer["mlp"](F.rms_norm(x, x.shape[-1:]))
+        return x
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    console = Console()
+    table = Table(title=f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32")
+    for heading in ("", "median", "quartiles"):
+        table.add_column(heading)
+    with tempfile.TemporaryDirectory() as store:
+        for name, ratios in (*quiet(store), *sampled(store)):
+            low, _, high = statistics.quantiles(ratios, n=4)
+            table.add_row(name, f"{statistics.median(ratios):.4f}", f"{low:.4f} … {high:.4f}")
+    console.print(table)
+
+
+def quiet(store: str) -> list[tuple[str, list[float]]]:
+    """A step between samples over a step without an agent; the model is small, so that a fixed cost would show."""
+    x = torch.randn(512, 128)
+    bare, observed = Model(128, 512, 4), Model(128, 512, 4)
+    bare_step, observed_step = stepper(bare, x), stepper(observed, x)
+    ratios = []
+    with attach(observed, run_id="quiet", every=1_000_000, store=store) as agent:
+        observed_step()
+        agent.step(0)
+        wait_for_record(agent, 0)
+
+        def block(one: Callable[[], None]) -> float:
+            started = time.perf_counter()
+            for _ in range(QUIET_STEPS):
+                one()
+            return time.perf_counter() - started
+
+        step = 0
+
+        def step_with_agent() -> None:
+            nonlocal step
+            observed_step()
+            step += 1
+            agent.step(step)
+
+        for index in range(QUIET_BLOCKS):
+            first = index % 2
+            times = [0.0, 0.0]
+            for which in (first, 1 - first):
+                times[which] = block((bare_step, step_with_agent)[which])
+            ratios.append(times[1] / times[0])
+    return [("step between samples / step without an agent", ratios)]
+
+
+def sampled(store: str) -> list[tuple[str, list[float]]]:
+    """The stall of a sampled step over one plain product, and over the usual inline way, summed over the layers."""
+    x = torch.randn(TOKENS, MODEL_DIM)
+    model = Model(MODEL_DIM, WIDTH, LAYERS)
+    one_step = stepper(model, x)
+    kept: list[Tensor] = []
+    activations = F.silu(torch.randn(TOKENS, WIDTH))
+    over_product, over_inline = [], []
+    with attach(model, run_id="sampled", every=2, store=store) as agent:
+        for round_ in range(ROUNDS):
+            times = []
+            for step in (2 * round_, 2 * round_ + 1):
+                started = time.perf_counter()
+                one_step()
+                agent.step(step)
+                times.append(time.perf_counter() - started)
+                if step % 2 == 0:
+                    wait_for_record(agent, step)
+            stall = times[0] - times[1]
+            product = timed(lambda: kept.append(activations.T @ activations)) * LAYERS
+            kept.clear()
+            inline = timed(lambda: kept.append(torch.linalg.eigvalsh(torch.cov(activations.T)))) * LAYERS
+            kept.clear()
+            if round_ > 0:  # the first warms up
+                over_product.append(stall / product)
+                over_inline.append(stall / inline)
+    shape = f"N={TOKENS}, D={WIDTH}, {LAYERS} layers"
+    return [
+        (f"stall of a sampled step / plain X.T @ X ({shape})", over_product),
+        (f"stall of a sampled step / torch.cov and eigvalsh in the step ({shape})", over_inline),
+    ]
+
+
+def stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def one_step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    return one_step
+
+
+def timed(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def wait_for_record(agent: Agent, step: int, seconds: float = 120.0) -> None:
+    """Returns when every layer's record of `step` is on the endpoint."""
+    assert agent.metrics_url is not None
+    name = "eigenwatch_last_record_step{"
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(agent.metrics_url) as response:
+            lines = [line for line in response.read().decode().splitlines() if line.startswith(name)]
+        mine = [line for line in lines if f'run="{agent.run.run_id}"' in line]
+        if len(mine) == len(agent.run.layers) and all(float(line.split()[-1]) == step for line in mine):
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"no record of step {step} within {seconds:g} s")
+
+
+if __name__ == "__main__":
+    main()
