@@ -179,6 +179,7 @@ class Agent:
         self._ranks, self._schedule, self._outbox, self._embedded = ranks, schedule, outbox, embedded
         self._gate = Gate()
         self._observers = [Observer(one.layer, "post", one.name, one.width, one.module, self._gate) for one in found]
+        self._pid = os.getpid()
         self._last_sampled: int | None = None
         self._undelivered: int | None = None
         self._warned = False
@@ -200,6 +201,8 @@ class Agent:
         Returns:
             How many partials of this rank were not delivered; 0 if all is well. May be called again.
         """
+        if os.getpid() != self._pid:  # a forked DataLoader worker has neither our thread nor our children
+            return 0
         if self._undelivered is not None:
             return self._undelivered
         atexit.unregister(self.close)

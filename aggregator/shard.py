@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
@@ -33,11 +34,11 @@ from ..schemas import (
     table_folder,
 )
 from ..schemas.delivery import Durability, PushReply
-from ..spectrum import measure
 from .judge import Judge
 from .open_records import ClosedRecord, Launch, OpenRecords
 from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, RunCounters, ShardSnapshot
-from .solver import SolveFailed, Solver, SolverConfig
+from .solved_record import SolvedRecord, rows_by_table, solve_record
+from .solver import Solver, SolverConfig
 from .writer import StoreWriter
 
 log = logging.getLogger("eigenwatch.aggregator")
@@ -63,10 +64,8 @@ class ShardLimits:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
-class _Solved(NamedTuple):
-    key: RecordKey
-    record: dict[str, Any]
-    eigenvalues: NDArray[np.float32] | None
+class _Unwritten(NamedTuple):
+    solved: SolvedRecord
     alerts: list[dict[str, Any]]
 
 
@@ -90,7 +89,7 @@ class Shard:
         self._solve_seconds = Histogram.empty(SOLVE_BOUNDS)
         self._latency_seconds = Histogram.empty(LATENCY_BOUNDS)
         self._backlog: deque[ClosedRecord] = deque()
-        self._solved: list[_Solved] = []
+        self._unwritten: list[_Unwritten] = []
         self._write_at = 0.0
         self._written_at = datetime.fromtimestamp(0, UTC)
         self._flushing = self._stopping = False
@@ -149,7 +148,7 @@ class Shard:
         with self._changed:
             self._flushing = True
             self._changed.notify_all()
-            while len(self._open) or self._backlog or self._solved:
+            while len(self._open) or self._backlog or self._unwritten:
                 if not self._changed.wait(min(0.1, max(deadline - time.monotonic(), 0.0))) and (
                     time.monotonic() >= deadline
                 ):
@@ -199,111 +198,82 @@ class Shard:
             with self._changed:
                 self._backlog.extend(self._open.close_due(time.monotonic(), everything=self._flushing))
                 if not self._backlog:
-                    if self._stopping and not self._solved:
+                    if self._stopping and not self._unwritten:
                         return
-                    wait = 0.25 if not self._solved else max(self._write_at - time.monotonic(), 0.0)
+                    wait = 0.25 if not self._unwritten else max(self._write_at - time.monotonic(), 0.0)
                     if not self._flushing and wait > 0:
                         self._changed.wait(min(wait, 0.25))
-                    elif not self._solved:
+                    elif not self._unwritten:
                         self._changed.wait(0.05)
                 closed = self._backlog.popleft() if self._backlog else None
             if closed is not None:
-                self._solve(closed)
+                self._solve_or_drop(closed)
             idle = self._flushing and not self._backlog
-            if self._solved and (time.monotonic() >= self._write_at or idle):
+            if self._unwritten and (time.monotonic() >= self._write_at or idle):
                 self._write()
 
-    def _solve(self, closed: ClosedRecord) -> None:
-        key, group = closed.key, closed.group
-        if len(group.ranks) <= self._durable.get(key, 0):
-            # Only a late rank, after its record's group was given up: the stored record knows more.
-            with self._changed:
-                self._dropped[(key.run_id, "late")] += len(group.ranks)
-                self._open.settled(key)
-                self._changed.notify_all()
-            return
-        started = time.perf_counter()
-        spectrum, path = None, None
-        if group.finite:
-            try:
-                solved = self._solver.solve(group.covariance())
-                spectrum, path = solved.eigenvalues, solved.path
-            except SolveFailed as error:
-                log.error("layer %d step %d was not solved: %s", key.layer, key.step, error)
-        measured: dict[str, Any] = dict.fromkeys((*METRIC_NAMES, "hard_rank_correction"))
-        if spectrum is not None:
-            measured = measure(group, spectrum)
-        seconds = time.perf_counter() - started
-        key_columns = key._asdict()
-        del key_columns["run_id"]
-        record = {
-            **key_columns,
-            "width": group.width,
-            "tokens": group.tokens,
-            "tokens_per_width": group.tokens / group.width,
-            **measured,
-            "finite": group.finite,
-            "complete": closed.complete,
-            "ranks_seen": len(group.ranks),
-            "ranks_expected": closed.ranks_expected,
-            "form": "scatter",
-            "solver": path,
-            "solve_seconds": seconds,
-            "captured_at": datetime.fromtimestamp(closed.captured_at, UTC),
-        }
+    def _solve_or_drop(self, closed: ClosedRecord) -> None:
+        try:
+            self._solve(closed)
+        except Exception as error:
+            log.exception("run %s layer %d step %d is lost", closed.key.run_id, closed.key.layer, closed.key.step)
+            self._drop(closed, type(error).__name__)
+
+    def _drop(self, closed: ClosedRecord, reason: str) -> None:
         with self._changed:
-            if not self._solved:
+            self._dropped[(closed.key.run_id, reason)] += len(closed.group.ranks)
+            self._open.settled(closed.key)
+            self._changed.notify_all()
+
+    def _solve(self, closed: ClosedRecord) -> None:
+        key = closed.key
+        if len(closed.group.ranks) <= self._durable.get(key, 0):
+            # Only a late rank, after its record's group was given up: the stored record knows more.
+            self._drop(closed, "late")
+            return
+        solved = solve_record(closed, self._solver)
+        with self._changed:
+            if not self._unwritten:
                 self._write_at = time.monotonic() + WRITE_SECONDS
-            alerts = self._judge.judge(key, record) if spectrum is not None or not group.finite else []
-            values = None if spectrum is None else spectrum.float().numpy()
-            self._solved.append(_Solved(key, record, values, alerts))
-            self._solve_seconds = self._solve_seconds.observe(seconds)
+            judged = solved.eigenvalues is not None
+            alerts = self._judge.judge(key, solved.row) if judged else []
+            self._unwritten.append(_Unwritten(solved, alerts))
+            self._solve_seconds = self._solve_seconds.observe(solved.row["solve_seconds"])
 
     def _write(self) -> None:
-        """Writes what is solved, a file a table and run; the records last, since they make the rest count."""
+        """Writes what is solved, a file a table and run; what the store refuses waits for the next time."""
         self._written_at = max(datetime.now(UTC), self._written_at + timedelta(microseconds=1))
-        by_run: dict[str, list[_Solved]] = {}
-        for solved in self._solved:
-            by_run.setdefault(solved.key.run_id, []).append(solved)
+        by_run: dict[str, list[_Unwritten]] = {}
+        for one in self._unwritten:
+            by_run.setdefault(one.solved.key.run_id, []).append(one)
         for run_id, batch in by_run.items():
-            stamp = {"written_at": self._written_at}
-            tables = {
-                "eigenvalues": [
-                    {name: one.record[name] for name in ("step", "attempt", "layer", "site", "expert")}
-                    | {"eigenvalues": one.eigenvalues}
-                    | stamp
-                    for one in batch
-                    if one.eigenvalues is not None
-                ],
-                "alerts": [row | stamp for one in batch for row in one.alerts],
-                "records": [one.record | stamp for one in batch],
-            }
+            alerts = [row for one in batch for row in one.alerts]
+            tables = rows_by_table((one.solved for one in batch), alerts, self._written_at)
             try:
                 for table, rows in tables.items():
                     if rows:
                         self._writer.append(table, run_id, rows)
-            except OSError as error:
+            except (OSError, pa.ArrowException) as error:
                 log.error("run %s: the store refused %d records, trying again: %s", run_id, len(batch), error)
                 self._write_at = time.monotonic() + WRITE_SECONDS
-                time.sleep(0.2)
-                return
-            self._settle(run_id, batch)
+                continue
+            self._settle(run_id, [one.solved for one in batch])
 
-    def _settle(self, run_id: str, batch: list[_Solved]) -> None:
+    def _settle(self, run_id: str, batch: list[SolvedRecord]) -> None:
         now = time.time()
         with self._changed:
             for one in batch:
                 self._open.settled(one.key)
-                self._durable[one.key] = one.record["ranks_seen"]
+                self._durable[one.key] = one.row["ranks_seen"]
                 latest = self._latest.get(one.key.series)
                 if latest is None or latest.step <= one.key.step:
-                    self._latest[one.key.series] = LatestRecord(one.key.series, one.key.step, now, _gauges(one.record))
-                latency = max(now - one.record["captured_at"].timestamp(), 0.0)
+                    self._latest[one.key.series] = LatestRecord(one.key.series, one.key.step, now, _gauges(one.row))
+                latency = max(now - one.row["captured_at"].timestamp(), 0.0)
                 self._latency_seconds = self._latency_seconds.observe(latency)
             while len(self._durable) > REMEMBERED_RECORDS:
                 self._durable.popitem(last=False)
             self._written[run_id] += len(batch)
-            self._solved = [one for one in self._solved if one.key.run_id != run_id]
+            self._unwritten = [one for one in self._unwritten if one.solved.key.run_id != run_id]
             self._changed.notify_all()
 
     def _counters(self, run: str) -> RunCounters:

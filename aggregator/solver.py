@@ -3,7 +3,6 @@
 Runs on the shard's worker thread; torch releases the interpreter lock while it works, so pushes go on.
 """
 
-import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,7 +33,6 @@ class Solved(NamedTuple):
     """(D,) float64 on the CPU, descending."""
     path: str
     """The rung that succeeded, such as "cpu-float64"."""
-    seconds: float
 
 
 class SolveFailed(RuntimeError):
@@ -54,7 +52,6 @@ class Solver:
         Raises:
             SolveFailed: every rung failed; the message says how.
         """
-        started = time.perf_counter()
         failures = []
         for device in self._ladder:
             try:
@@ -63,6 +60,6 @@ class Solver:
                 failures.append(f"{device}: {error}")
                 continue
             if bool(torch.isfinite(found).all()):
-                return Solved(found, f"{device}-float64", time.perf_counter() - started)
+                return Solved(found, f"{device}-float64")
             failures.append(f"{device}: not finite")
         raise SolveFailed("; ".join(failures))

@@ -84,9 +84,11 @@ def serve(
         click.echo(f"In the training: attach(model, run_id=…, aggregator={service.address!r}). Ctrl-C ends.")
         if address is None:
             click.echo("Processes of another user or host need this Ray's token: ~/.ray/auth_token, or RAY_AUTH_TOKEN.")
+    parent = os.getppid()
     while not stop.requested:
         if follow_stdin:
-            if select.select([sys.stdin], [], [], 0.5)[0] and not os.read(sys.stdin.fileno(), 1024):
+            ended = select.select([sys.stdin], [], [], 0.5)[0] and not os.read(sys.stdin.fileno(), 1024)
+            if ended or os.getppid() != parent:  # a forked child of the trainer may hold the pipe open
                 _wait_for_couriers(service, stop)
                 break
         else:
