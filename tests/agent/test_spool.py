@@ -1,0 +1,223 @@
+"""The spool: what is written is read, and whatever else lies in its folder harms nobody."""
+
+import json
+import math
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from eigenwatch.agent.spool import Spool, default_root
+from eigenwatch.schemas import (
+    LayerDescription,
+    PartialCovariance,
+    PartialRefused,
+    RecordKey,
+    RunDescription,
+    packed_length,
+)
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+WIDTH = 300
+LAYER = LayerDescription(layer=0, site="post", name="h.0", width=WIDTH, ranks=(0, 1))
+RUN = RunDescription(run_id="run", launch_id="launch", world_size=2, layers=(LAYER,), tags={"norm": "pre"})
+
+
+def partial(step: int = 0, width: int = WIDTH, finite: bool = True) -> PartialCovariance:
+    random = np.random.default_rng(step)
+    return PartialCovariance(
+        key=RecordKey("run", 0, step, 0, "post", None),
+        rank=1,
+        tokens=40,
+        mean=random.normal(size=width) if finite else np.full(width, np.nan),
+        scatter=random.normal(size=packed_length(width) if finite else 0).astype(np.float32),
+        trace=3.0 if finite else math.nan,
+        frobenius_sq=3.0 if finite else math.nan,
+        captured_at=1.5e9,
+    )
+
+
+@pytest.fixture
+def spool(tmp_path):
+    return Spool.create(tmp_path, RUN, 1)
+
+
+def file_of(spool: Spool, number: int):
+    return spool.folder / f"{number:012d}.arrow"
+
+
+def assert_same(read: PartialCovariance, written: PartialCovariance) -> None:
+    assert read.key == written.key
+    for name in ("rank", "tokens", "mean", "scatter", "trace", "frobenius_sq", "captured_at"):
+        assert np.array_equal(getattr(read, name), getattr(written, name), equal_nan=True), name
+
+
+@pytest.mark.parametrize("width", [1, 7, WIDTH])
+def test_what_is_written_is_read_to_the_last_bit(spool, width):
+    written = partial(5, width)
+    spool.write(3, written)
+    assert_same(PartialCovariance.from_wire(spool.read(3)), written)
+
+
+def test_a_partial_that_is_not_finite_passes_through(spool):
+    spool.write(0, partial(finite=False))
+    read = PartialCovariance.from_wire(spool.read(0))
+    assert not read.finite
+    assert_same(read, partial(finite=False))
+
+
+def test_reading_maps_the_file_and_copies_nothing(spool):
+    spool.write(0, partial(width=1500))
+    before = pa.total_allocated_bytes()
+    wire = spool.read(0)
+    assert wire.scatter.nbytes > 4_000_000
+    assert pa.total_allocated_bytes() - before < 100_000
+    assert not wire.scatter.flags.owndata
+    assert not wire.scatter.flags.writeable
+
+
+def test_what_was_read_outlives_the_file(spool):
+    spool.write(0, partial())
+    wire = spool.read(0)
+    spool.remove(0)
+    assert np.array_equal(wire.scatter, partial().scatter)
+
+
+def test_partials_come_oldest_first(spool):
+    for number in (10, 2, 10**12, 0):
+        spool.write(number, partial(number % 7))
+    assert spool.numbers() == [0, 2, 10, 10**12]
+    spool.remove(2)
+    spool.remove(2)
+    assert spool.numbers() == [0, 10, 10**12]
+
+
+def test_a_size_is_that_of_the_arrays_and_little_more(spool):
+    spool.write(0, partial())
+    assert partial().nbytes < spool.size_bytes(0) < partial().nbytes + 2000
+    assert spool.size_bytes(1) == 0
+
+
+def test_the_courier_finds_the_run_and_the_rank(spool):
+    assert Spool(spool.folder).run() == (RUN, 1)
+
+
+def test_only_its_owner_may_look_into_a_spool(spool):
+    assert stat.S_IMODE(spool.folder.stat().st_mode) == 0o700
+
+
+def test_a_removed_partial_is_told_from_a_broken_one(spool):
+    with pytest.raises(FileNotFoundError):
+        spool.read(0)
+
+
+def test_what_a_crash_left_half_written_is_not_seen(spool):
+    spool.write(0, partial())
+    spool.write(1, partial(1))
+    file_of(spool, 1).rename(file_of(spool, 1).with_suffix(".tmp"))
+    assert spool.numbers() == [0]
+    spool.write(1, partial(1))
+    assert_same(PartialCovariance.from_wire(spool.read(1)), partial(1))
+
+
+def test_a_write_that_fails_leaves_nothing_behind(spool):
+    file_of(spool, 0).mkdir()  # what a partial cannot be renamed to
+    (file_of(spool, 0) / "x").touch()
+    with pytest.raises(OSError, match=r"[Dd]irectory"):
+        spool.write(0, partial())
+    assert list(spool.folder.glob("*.tmp")) == []
+    with pytest.raises(OSError, match="No such"):
+        Spool(spool.folder / "gone").write(0, partial())
+
+
+def test_nothing_is_left_of_a_spool_that_is_discarded(spool):
+    spool.write(0, partial())
+    spool.discard()
+    spool.discard()
+    assert not spool.folder.exists()
+
+
+def test_a_spool_lies_in_shared_memory_where_there_is_room():
+    small, huge = default_root(1), default_root(1 << 62)
+    assert small.name == huge.name == f"eigenwatch-{os.getuid()}"
+    assert small.parent == (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir()))
+    assert huge.parent == Path(tempfile.gettempdir())
+
+
+def readable(spool: Spool, content: bytes) -> bool:
+    """Whether a file with this content is a partial; anything but a refusal fails the test."""
+    file_of(spool, 0).write_bytes(content)
+    try:
+        wire = spool.read(0)
+        bytes(wire.mean), bytes(wire.scatter)
+        PartialCovariance.from_wire(wire)
+    except PartialRefused as refused:
+        assert refused.reason in ("malformed", "version")  # noqa: PT017 - either outcome is right
+        return False
+    return True
+
+
+any_file = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@given(st.one_of(st.binary(max_size=300), st.binary(max_size=300).map(lambda noise: b"ARROW1\0\0" + noise + b"ARROW1")))
+@example(b"")
+@example(bytes(5000))
+@any_file
+def test_noise_is_refused(spool, content):
+    assert not readable(spool, content)
+
+
+@given(keep=st.floats(0, 1, exclude_max=True), tail=st.sampled_from([b"", b"\0"]))
+@any_file
+def test_a_file_that_was_cut_or_whose_end_was_never_written_is_refused(spool, keep, tail):
+    spool.write(0, partial(width=4))
+    whole = file_of(spool, 0).read_bytes()
+    kept = int(keep * len(whole))
+    assert not readable(spool, whole[:kept] + tail * (len(whole) - kept))
+
+
+def arrow_file(folder, **columns: pa.Array) -> bytes:
+    path = folder / "other.arrow"
+    batch = pa.record_batch(columns)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        if batch.num_columns:
+            writer.write_batch(batch)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {},
+        {"header": pa.array(["{}"])},
+        {"a": pa.array([1]), "b": pa.array([2]), "c": pa.array([3])},
+        {"a": pa.array([], pa.large_string()), "b": pa.array([], pa.binary()), "c": pa.array([], pa.binary())},
+        {name: pa.array([None], pa.large_binary()) for name in "abc"},
+        {"a": pa.array(["no json"]), "b": pa.array([b""], pa.large_binary()), "c": pa.array([b""], pa.large_binary())},
+        {"a": pa.array(["{}"]), "b": pa.array([b"123"], pa.large_binary()), "c": pa.array([b""], pa.large_binary())},
+    ],
+    ids=str,
+)
+def test_another_arrow_file_is_refused(spool, tmp_path, columns):
+    assert not readable(spool, arrow_file(tmp_path, **columns))
+
+
+def test_a_header_that_lacks_something_is_refused(spool, tmp_path):
+    spool.write(0, partial(width=4))
+    header, mean, scatter = spool.read(0)
+    arrays = {
+        name: pa.array([array.tobytes()], pa.large_binary()) for name, array in (("mean", mean), ("scatter", scatter))
+    }
+
+    def file_with(header: dict[str, Any]) -> bytes:
+        return arrow_file(tmp_path, header=pa.array([json.dumps(header)], pa.large_string()), **arrays)
+
+    assert readable(spool, file_with(header))
+    for name in header.keys() - {"expert"}:
+        assert not readable(spool, file_with({key: value for key, value in header.items() if key != name}))

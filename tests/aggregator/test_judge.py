@@ -1,0 +1,103 @@
+"""The judge: which records move which alert."""
+
+import pyarrow as pa
+import pytest
+from eigenwatch.aggregator.judge import Judge
+from eigenwatch.schemas import ALERTS, COLLAPSE, METRIC_NAMES, RecordKey
+
+WINDOW = COLLAPSE.window_samples
+KEY = RecordKey("run", 0, 0, 3, "post", None)
+COLLAPSED = {"hard_rank": 1.2, "hard_utilization": 1e-4, "spectral_concentration": 0.999}
+HEALTHY = {"hard_rank": 400.0, "hard_utilization": 0.2, "spectral_concentration": 0.4}
+BROKEN = dict.fromkeys(METRIC_NAMES)
+
+
+@pytest.fixture
+def judge():
+    return Judge()
+
+
+def tell(judge: Judge, steps, values: dict, key: RecordKey = KEY) -> list[dict]:
+    """Rows that records with these values at these steps cause."""
+    finite = values is not BROKEN
+    return [
+        row
+        for step in steps
+        for row in judge.judge(key._replace(step=step), {**values, "width": 2048, "finite": finite})
+    ]
+
+
+def firing(judge: Judge) -> dict[tuple, bool]:
+    return {(one.series, one.kind): one.firing for one in judge.alerts.values()}
+
+
+def test_a_collapse_is_one_row_and_an_alert_that_fires(judge):
+    (row,) = tell(judge, range(10), COLLAPSED)
+    assert row["state"] == "firing"
+    assert row["kind"] == "collapse"
+    assert (row["step"], row["since_step"]) == (WINDOW - 1, 0)
+    assert row["evidence_steps"] == list(range(WINDOW))
+    assert firing(judge) == {(KEY.series, "collapse"): True}
+    stored = pa.Table.from_pylist([row | {"written_at": None}], schema=pa.schema(list(ALERTS)))
+    assert set(row) | {"written_at"} == set(stored.column_names)
+
+
+def test_a_healthy_layer_has_no_alert_at_all(judge):
+    assert tell(judge, range(10), HEALTHY) == []
+    assert judge.alerts == {}
+
+
+def test_an_alert_that_ends_keeps_its_id_and_the_next_one_has_another(judge):
+    story = [COLLAPSED, HEALTHY, COLLAPSED]
+    rows = [
+        row for index, values in enumerate(story) for row in tell(judge, range(10 * index, 10 * index + 10), values)
+    ]
+    assert [row["state"] for row in rows] == ["firing", "resolved", "firing"]
+    assert rows[0]["alert_id"] == rows[1]["alert_id"] != rows[2]["alert_id"]
+    assert [row["since_step"] for row in rows] == [0, 0, 20]
+    assert firing(judge) == {(KEY.series, "collapse"): True}
+
+
+def test_after_it_was_resolved_an_alert_is_shown_as_inactive(judge):
+    tell(judge, range(10), COLLAPSED)
+    tell(judge, range(10, 20), HEALTHY)
+    assert firing(judge) == {(KEY.series, "collapse"): False}
+
+
+def test_a_record_that_is_older_or_comes_again_moves_nothing(judge):
+    assert tell(judge, [100, 100, 90, 100, 5, 0], COLLAPSED) == []
+    assert tell(judge, [200], COLLAPSED) == []
+    (row,) = tell(judge, [300], COLLAPSED)
+    assert row["evidence_steps"] == [100, 200, 300]
+
+
+def test_a_record_that_is_not_finite_moves_nothing(judge):
+    tell(judge, range(WINDOW - 1), COLLAPSED)
+    assert tell(judge, range(10, 20), BROKEN) == []
+    (row,) = tell(judge, [20], COLLAPSED)
+    assert row["state"] == "firing"
+    assert tell(judge, range(30, 40), BROKEN) == []
+    assert firing(judge) == {(KEY.series, "collapse"): True}
+
+
+def test_every_series_is_judged_by_itself(judge):
+    keys = [KEY, KEY._replace(layer=4), KEY._replace(site="pre"), KEY._replace(expert=0), KEY._replace(attempt=1)]
+    for step in range(WINDOW - 1):
+        for key in keys:
+            assert tell(judge, [step], COLLAPSED, key) == []
+    for key in keys:
+        (row,) = tell(judge, [WINDOW], COLLAPSED, key)
+        assert [row[name] for name in ("attempt", "layer", "site", "expert")] == list(key.series[1:])
+    assert len(judge.alerts) == len(keys)
+    resolved = [row["alert_id"] for key in keys for row in tell(judge, range(50, 60), HEALTHY, key)]
+    assert len(set(resolved)) == len(keys)
+
+
+def test_what_ended_is_forgotten(judge):
+    other = KEY._replace(attempt=1)
+    tell(judge, range(10), COLLAPSED)
+    tell(judge, range(10), COLLAPSED, other)
+    judge.forget({("run", 0), ("never", 7)})
+    assert firing(judge) == {(other.series, "collapse"): True}
+    (row,) = tell(judge, range(WINDOW), COLLAPSED)
+    assert row["state"] == "firing", "it starts from nothing: an older step is judged, and the alert is a new one"

@@ -1,0 +1,240 @@
+"""The rules of merging: once a rank, closed when complete or overdue, open again for whom comes late, bounded."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from eigenwatch.aggregator.open_records import ClosedRecord, OpenRecords
+from eigenwatch.schemas import PartialCovariance, RecordKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.spectrum.cases import partial_of, two_pass_covariance
+
+WIDTH, DEADLINE = 6, 60.0
+GROUP_BYTES = 8 * (WIDTH * WIDTH + WIDTH)
+"""Of a group of one partial."""
+KEY = RecordKey("run", 0, 100, 3, "post", None)
+
+
+def rows(rank: int, step: int = 100) -> torch.Tensor:
+    return torch.randn(9 + rank, WIDTH, generator=torch.Generator().manual_seed(100 * step + rank)) + rank
+
+
+def partial(rank: int, step: int = 100, **changes) -> PartialCovariance:
+    return partial_of(rows(rank, step), rank=rank, key=KEY._replace(step=step, **changes))
+
+
+def not_finite(rank: int) -> PartialCovariance:
+    return PartialCovariance(
+        key=KEY,
+        rank=rank,
+        tokens=5,
+        mean=np.full(WIDTH, np.nan),
+        scatter=np.empty(0, np.float32),
+        trace=math.nan,
+        frobenius_sq=math.nan,
+        captured_at=1.0,
+    )
+
+
+@pytest.fixture
+def records():
+    return OpenRecords(DEADLINE, 1 << 20)
+
+
+def ranks(closed: list[ClosedRecord]) -> list[tuple[int, set[int]]]:
+    return [(one.key.step, set(one.group.ranks)) for one in closed]
+
+
+def test_a_record_closes_when_its_last_rank_has_come(records):
+    for rank in (2, 0):
+        assert records.merge(partial(rank), 3, now=0.0) == "merged"
+        assert records.close_due(1.0) == []
+    assert records.merge(partial(1), 3, now=2.0) == "merged"
+    (closed,) = records.close_due(2.0)
+    assert closed.key == KEY
+    assert closed.complete
+    assert closed.ranks_expected == 3
+    whole = two_pass_covariance(torch.cat([rows(rank) for rank in range(3)]))
+    torch.testing.assert_close(closed.group.covariance(), whole, rtol=1e-5, atol=1e-5)
+    assert records.close_due(1e9) == []
+    records.settled(KEY)
+    assert len(records) == 0
+
+
+def test_a_record_closes_incomplete_at_its_deadline_counted_from_the_first_rank(records):
+    records.merge(partial(0), 3, now=10.0)
+    records.merge(partial(1), 3, now=10.0 + DEADLINE - 1)
+    assert records.close_due(10.0 + DEADLINE - 0.001) == []
+    (closed,) = records.close_due(10.0 + DEADLINE)
+    assert not closed.complete
+    assert closed.group.ranks == {0, 1}
+
+
+def test_a_record_says_when_its_last_rank_captured_it(records):
+    for rank, captured_at in ((0, 5.0), (1, 9.0), (2, 7.0)):
+        records.merge(dataclasses.replace(partial(rank), captured_at=captured_at), 3, 0.0)
+    assert records.close_due(0.0)[0].captured_at == 9.0
+
+
+def test_the_same_rank_twice_counts_once(records):
+    records.merge(partial(0), 2, 0.0)
+    assert records.merge(partial(0), 2, 0.0) == "duplicate"
+    records.merge(partial(1), 2, 0.0)
+    (closed,) = records.close_due(0.0)
+    assert closed.group.tokens == len(rows(0)) + len(rows(1))
+    assert records.merge(partial(1), 2, 0.0) == "duplicate"
+
+
+def test_records_differ_by_every_part_of_their_key(records):
+    changes = [{}, {"run_id": "other"}, {"attempt": 1}, {"layer": 4}, {"site": "pre"}, {"expert": 0}]
+    for change in changes:
+        assert records.merge(partial(0, **change), 1, 0.0) == "merged"
+    assert records.merge(partial(0, step=101), 1, 0.0) == "merged"
+    assert {one.key for one in records.close_due(0.0)} == {
+        *(KEY._replace(**change) for change in changes),
+        KEY._replace(step=101),
+    }
+
+
+def test_the_oldest_step_is_solved_first(records):
+    for step, layer in ((200, 0), (100, 1), (300, 0), (100, 0)):
+        records.merge(partial(0, step=step, layer=layer), 1, 0.0)
+    assert [(one.key.step, one.key.layer) for one in records.close_due(0.0)] == [(100, 0), (100, 1), (200, 0), (300, 0)]
+
+
+def test_everything_can_be_closed_before_its_time(records):
+    records.merge(partial(0), 2, 0.0)
+    records.merge(partial(0, step=200), 1, 0.0)
+    assert ranks(records.close_due(0.0, everything=True)) == [(100, {0}), (200, {0})]
+    assert records.close_due(0.0, everything=True) == []
+    assert len(records) == 2, "until they are durable"
+
+
+def test_a_record_that_is_being_written_takes_no_other_rank(records):
+    records.merge(partial(0), 2, 0.0)
+    (closed,) = records.close_due(DEADLINE)
+    assert records.merge(partial(1), 2, DEADLINE) == "busy"
+    assert closed.group.ranks == {0}
+
+
+def test_a_late_rank_opens_an_incomplete_record_again_and_completes_it(records):
+    records.merge(partial(0), 2, 0.0)
+    records.close_due(DEADLINE)
+    records.settled(KEY)
+    assert len(records) == 0
+    assert records.merge(partial(0), 2, 100.0) == "duplicate"
+    assert records.merge(partial(1), 2, 100.0) == "merged"
+    (closed,) = records.close_due(100.0)
+    assert closed.complete
+    whole = two_pass_covariance(torch.cat([rows(0), rows(1)]))
+    torch.testing.assert_close(closed.group.covariance(), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_record_that_was_opened_again_has_a_deadline_of_its_own(records):
+    records.merge(partial(0), 3, 0.0)
+    records.close_due(DEADLINE)
+    records.settled(KEY)
+    records.merge(partial(1), 3, 100.0)
+    assert records.close_due(100.0 + DEADLINE - 0.001) == []
+    assert ranks(records.close_due(100.0 + DEADLINE)) == [(100, {0, 1})]
+
+
+def test_a_rank_that_is_not_finite_makes_the_record_so_and_poisons_no_other(records):
+    records.merge(partial(0), 3, 0.0)
+    records.merge(not_finite(1), 3, 0.0)
+    records.merge(partial(2), 3, 0.0)
+    records.merge(partial(0, step=101), 1, 0.0)
+    broken, healthy = records.close_due(0.0)
+    assert broken.complete
+    assert not broken.group.finite
+    assert broken.group.tokens == len(rows(0)) + 5 + len(rows(2))
+    assert healthy.group.finite
+
+
+def test_when_memory_is_full_a_new_record_must_wait_and_an_open_one_goes_on():
+    records = OpenRecords(DEADLINE, 2 * GROUP_BYTES + 200)
+    assert records.merge(partial(0, step=1), 2, 0.0) == "merged"
+    assert records.merge(partial(0, step=2), 2, 0.0) == "merged"
+    assert records.merge(partial(0, step=3), 2, 0.0) == "busy"
+    assert records.merge(partial(1, step=1), 2, 0.0) == "merged"
+    assert len(records) == 2
+    (closed,) = records.close_due(0.0)
+    assert records.merge(partial(0, step=3), 2, 0.0) == "busy", "what is being written still takes memory"
+    records.settled(closed.key)
+    assert records.merge(partial(0, step=3), 2, 0.0) == "merged"
+
+
+def test_one_record_is_merged_however_little_memory_there_is():
+    records = OpenRecords(DEADLINE, 1)
+    for step in range(3):
+        assert records.merge(partial(0, step=step), 2, 0.0) == "merged"
+        assert records.merge(partial(0, step=step + 1), 2, 0.0) == "busy"
+        assert records.merge(partial(1, step=step), 2, 0.0) == "merged"
+        (closed,) = records.close_due(0.0)
+        records.settled(closed.key)
+
+
+def test_what_is_kept_for_late_ranks_gives_way_to_what_is_new():
+    records = OpenRecords(DEADLINE, 2 * GROUP_BYTES)
+    for step in (1, 2):
+        records.merge(partial(0, step=step), 2, 0.0)
+    for closed in records.close_due(DEADLINE):
+        records.settled(closed.key)
+    assert records.merge(partial(0, step=3), 2, DEADLINE) == "merged"
+    assert records.merge(partial(0, step=2), 2, DEADLINE) == "duplicate", "the newer one is kept"
+    assert records.merge(partial(1, step=1), 2, DEADLINE) == "merged", (
+        "the older one is forgotten: this opens a new one"
+    )
+    assert ranks(records.close_due(1e9)) == [(1, {1}), (3, {0})]
+
+
+def test_what_is_kept_for_late_ranks_goes_when_its_launch_ends():
+    records = OpenRecords(DEADLINE, 1 << 20)
+    for attempt in (0, 1):
+        records.merge(partial(0, attempt=attempt), 2, 0.0)
+    for closed in records.close_due(DEADLINE):
+        records.settled(closed.key)
+    records.forget({("run", 0), ("other", 1)})
+    assert records.merge(partial(0, attempt=0), 2, 100.0) == "merged"
+    assert records.merge(partial(0, attempt=1), 2, 100.0) == "duplicate"
+
+
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("push"), st.integers(0, 3), st.integers(0, 2)),
+        st.tuples(st.just("wait"), st.sampled_from([1.0, DEADLINE]), st.just(0)),
+        st.tuples(st.just("settle"), st.just(0), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@given(events, st.sampled_from([1, 3 * GROUP_BYTES, 1 << 20]))
+@settings(deadline=None, max_examples=150)
+def test_whatever_comes_in_whatever_order_no_rank_counts_twice_and_no_record_closes_early(events, memory_bytes):
+    records, now, being_written = OpenRecords(DEADLINE, memory_bytes), 0.0, []
+    merged: dict[int, set[int]] = {}
+    for what, first, rank in events:
+        if what == "push":
+            answer = records.merge(partial(rank, step=first), 3, now)
+            assert answer in ("merged", "duplicate", "busy")
+            if answer == "merged":
+                merged.setdefault(first, set()).add(rank)
+            elif answer == "duplicate":
+                assert rank in merged[first]
+        elif what == "wait":
+            now += first
+        else:
+            for closed in being_written:
+                records.settled(closed.key)
+            being_written = []
+        for closed in records.close_due(now):
+            assert closed.group.ranks <= merged[closed.key.step]
+            assert closed.group.tokens == sum(len(rows(one)) for one in closed.group.ranks)
+            assert closed.key not in [other.key for other in being_written]
+            being_written.append(closed)
+    assert len(records) <= 4
