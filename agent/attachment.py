@@ -13,12 +13,14 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from ..schemas import LayerDescription, RunDescription, check_run_id, default_store
+from ..schemas.delivery import check_reachable
 from .discovery import FoundLayer, find_layers
 from .embedded import EmbeddedAggregator, Served
 from .handover import CourierHandover, Handover, InlineHandover
@@ -31,6 +33,8 @@ from .spool import Spool, default_root
 log = logging.getLogger("eigenwatch.agent")
 
 CLOSE_SECONDS = 60.0
+MIN_END_SECONDS = 5.0
+"""The embedded aggregator gets this long to end even where delivery has used up the time."""
 
 
 def attach(
@@ -71,49 +75,80 @@ def attach(
     """
     ranks = current_ranks()
     embedded: EmbeddedAggregator | None = None
-    found: list[FoundLayer] = []
-    mine: dict[str, Any] = {}
-    try:
+    handover: Handover | None = None
+
+    def start() -> dict[str, Any]:
+        nonlocal embedded
         check_run_id(run_id)
         schedule = Every(steps=every)
         _check_aggregator(aggregator, store, ranks)
         found = find_layers(model, layers)
-        mine["layers"] = [(one.layer, one.name, one.width) for one in found]
+        mine: dict[str, Any] = {
+            "same": {"run_id": run_id, "every": every, "tags": {str(k): str(v) for k, v in (tags or {}).items()}},
+            "layers": [(one.layer, one.name, one.width) for one in found],
+            "local": (schedule, found),
+        }
         if ranks.rank == 0:
-            mine["launch_id"] = uuid.uuid4().hex
-            mine["served"] = Served(aggregator)
+            mine["launch_id"], mine["served"] = uuid.uuid4().hex, Served(aggregator)
             if aggregator == "embedded":
                 embedded = EmbeddedAggregator(os.path.abspath(store or default_store()), metrics_port or 0)
                 mine["served"] = embedded.served
-    except ValueError as error:
-        mine["error"] = str(error)
-    everyone = ranks.gather(mine)
-    errors = [one["error"] for one in everyone if "error" in one]
-    if not errors:
-        try:
-            run = _describe(run_id, everyone, tags)
-        except ValueError as error:  # the same on every rank, since all see the same
-            errors = [str(error)]
-    if errors:
+            elif aggregator not in ("inline", "auto"):
+                _warn_if_unreachable(aggregator)
+        return mine
+
+    def open_handover() -> dict[str, Any]:
+        nonlocal handover
+        if aggregator == "inline":
+            handover = InlineHandover(run, ranks.rank, os.path.abspath(store or default_store()), metrics_port)
+        else:
+            bounds = limits or OutboxLimits()
+            spool = Spool.create(default_root(bounds.spool_bytes), run, ranks.rank)
+            handover = CourierHandover(spool, served.address, bounds.spool_bytes)
+        return {}
+
+    try:
+        mine, everyone = _together(ranks, start)
+        run = _describe(everyone)
+        served: Served = everyone[0]["served"]
+        _together(ranks, open_handover)
+    except BaseException:
         if embedded is not None:
             embedded.close(10.0)
-        raise ValueError(errors[0])
-
-    limits = limits or OutboxLimits()
-
-    handover: Handover
-    served: Served = everyone[0]["served"]
-    metrics_url = served.metrics_url
-    if aggregator == "inline":
-        handover = InlineHandover(run, ranks.rank, os.path.abspath(store or default_store()), metrics_port)
-        metrics_url = handover.metrics_url
-    else:
-        spool = Spool.create(default_root(limits.spool_bytes), run, ranks.rank)
-        handover = CourierHandover(spool, served.address, limits.spool_bytes)
-    outbox = Outbox(handover, run_id, ranks.rank, limits)
+        raise
+    assert handover is not None
+    metrics_url = handover.metrics_url if isinstance(handover, InlineHandover) else served.metrics_url
+    outbox = Outbox(handover, run_id, ranks.rank, limits or OutboxLimits())
+    schedule, found = mine["local"]
     agent = Agent(run, ranks, found, schedule, outbox, embedded, metrics_url)
     log.info("%s", agent)
     return agent
+
+
+def _together(ranks: Ranks, work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Does `work` on every rank; what it gave here, and on all ranks.
+
+    Raises:
+        ValueError: on every rank alike, in the words of the first rank on which it failed.
+    """
+    try:
+        mine = work()
+    except ValueError as error:
+        mine = {"error": str(error)}
+    except Exception as error:  # noqa: BLE001 - the other ranks wait to hear of it
+        mine = {"error": f"attach() failed on rank {ranks.rank}: {type(error).__name__}: {error}"}
+    everyone = ranks.gather({name: value for name, value in mine.items() if name != "local"})
+    for one in everyone:
+        if "error" in one:
+            raise ValueError(one["error"])
+    return mine, everyone
+
+
+def _warn_if_unreachable(address: str) -> None:
+    try:
+        check_reachable(address)
+    except OSError as error:
+        log.warning("no Ray cluster answers at %s (%s): partials wait in the spool until one does", address, error)
 
 
 def _check_aggregator(aggregator: str, store: Any, ranks: Ranks) -> None:
@@ -135,8 +170,15 @@ def _check_aggregator(aggregator: str, store: Any, ranks: Ranks) -> None:
             raise ValueError("store belongs to the aggregator: leave it out here and pass it to `eigenwatch serve`")
 
 
-def _describe(run_id: str, everyone: list[dict[str, Any]], tags: dict[str, str] | None) -> RunDescription:
-    """The run's topology: which ranks observe which layer."""
+def _describe(everyone: list[dict[str, Any]]) -> RunDescription:
+    """The run's topology: which ranks observe which layer. The same on every rank, and so are its errors."""
+    same = everyone[0]["same"]
+    for rank, one in enumerate(everyone):
+        for name, value in one["same"].items():
+            if value != same[name]:
+                raise ValueError(
+                    f"{name} is {same[name]!r} on rank 0 and {value!r} on rank {rank}: pass the same to all"
+                )
     contributors: dict[int, list[int]] = {}
     names: dict[int, tuple[str, int]] = {}
     for rank, one in enumerate(everyone):
@@ -147,16 +189,17 @@ def _describe(run_id: str, everyone: list[dict[str, Any]], tags: dict[str, str] 
                     f"layer {layer} has width {names[layer][1]} on one rank and {width} on rank {rank}: "
                     "ranks must hold whole layers"
                 )
-    layers = tuple(
-        LayerDescription(layer=layer, site="post", name=names[layer][0], width=names[layer][1], ranks=tuple(ranks))
-        for layer, ranks in sorted(contributors.items())
-    )
     return RunDescription(
-        run_id=run_id,
+        run_id=same["run_id"],
         launch_id=everyone[0]["launch_id"],
         world_size=len(everyone),
-        layers=layers,
-        tags={str(key): str(value) for key, value in (tags or {}).items()},
+        layers=tuple(
+            LayerDescription(
+                layer=layer, site="post", name=names[layer][0], width=names[layer][1], ranks=tuple(contributors[layer])
+            )
+            for layer in sorted(contributors)
+        ),
+        tags=same["tags"],
     )
 
 
@@ -181,6 +224,7 @@ class Agent:
         self._observers = [Observer(one.layer, "post", one.name, one.width, one.module, self._gate) for one in found]
         self._pid = os.getpid()
         self._last_sampled: int | None = None
+        self._last_step = -1
         self._undelivered: int | None = None
         self._warned = False
         atexit.register(self.close)
@@ -198,8 +242,11 @@ class Agent:
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> int:
         """Ends the observation and waits, at most about `timeout_seconds`, until every record is durable.
 
+        Call it on all ranks together: the embedded aggregator ends with rank 0's.
+
         Returns:
-            How many partials of this rank were not delivered; 0 if all is well. May be called again.
+            How many partials of this rank are not known to be in a durable record, those that were dropped included; 0
+            if all is well. May be called again.
         """
         if os.getpid() != self._pid:  # a forked DataLoader worker has neither our thread nor our children
             return 0
@@ -208,11 +255,12 @@ class Agent:
         atexit.unregister(self.close)
         for observer in self._observers:
             observer.close()
+        deadline = time.monotonic() + timeout_seconds
         try:
             self._undelivered = self._outbox.close(timeout_seconds)
         finally:
             if self._embedded is not None:
-                self._embedded.close(timeout_seconds)
+                self._embedded.close(max(deadline - time.monotonic(), MIN_END_SECONDS))
         return self._undelivered
 
     @property
@@ -242,6 +290,12 @@ class Agent:
     def _end_step(self, step: int) -> None:
         if step < 0:
             raise ValueError("a step is not negative")
+        if step <= self._last_step:
+            self._warn_once(
+                f"step {step} came after step {self._last_step}: pass the optimizer's global step, which only rises, "
+                "or later epochs are not sampled"
+            )
+        self._last_step = step
         if self._gate.open:
             captured_at = time.time()
             samples = [

@@ -8,6 +8,7 @@ import re
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 FAMILIES = {
@@ -18,7 +19,8 @@ FAMILIES = {
 """Module path of the down-projection by model family; wrappers may stand in front."""
 
 
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+_WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""Path elements of DDP, compile, activation checkpointing and FSDP, which hide the model's own names."""
 
 
 class FoundLayer(NamedTuple):
@@ -55,9 +57,7 @@ def find_layers(model: nn.Module, pattern: str | None = None) -> list[FoundLayer
         raise ValueError(
             f"{what}: pass layers=r'…(\\d+)…' matching the down-projections; candidates: {_candidates(model)}"
         )
-    found = [
-        FoundLayer(layer, _WRAPPERS.sub("", name), module, _width(name, module)) for layer, name, module in matches
-    ]
+    found = [FoundLayer(layer, name, module, _width(name, module)) for layer, name, module in matches]
     found.sort(key=lambda one: one.layer)
     for before, after in pairwise(found):
         if before.layer == after.layer:
@@ -76,8 +76,9 @@ def _matches(model: nn.Module, pattern: str) -> list[tuple[int, str, nn.Module]]
         compiled = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"layers={pattern!r} is not a regular expression: {error}") from None
-    matches: list[tuple[int, str, nn.Module]] = []
-    for name, module in model.named_modules():
+    matches: dict[str, tuple[int, str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        name = _WRAPPERS.sub("", f"{path}.").removesuffix(".")
         match = compiled.fullmatch(name)
         if match is None:
             continue
@@ -85,15 +86,22 @@ def _matches(model: nn.Module, pattern: str) -> list[tuple[int, str, nn.Module]]
         index = groups.get("layer") or next((group for group in match.groups() if group is not None), None)
         if index is not None and not index.isdigit():
             raise ValueError(f"layers={pattern!r} takes {index!r} of {name} as the layer index: capture digits")
-        matches.append((len(matches) if index is None else int(index), name, module))
-    return matches
+        position = list(matches).index(name) if name in matches else len(matches)
+        # A wrapper and what it wraps have one name: the inner one comes later and stays.
+        matches[name] = (position if index is None else int(index), name, module)
+    return list(matches.values())
 
 
 def _width(name: str, module: nn.Module) -> int:
     features = getattr(module, "in_features", None)
-    if isinstance(features, int):
-        return features
     weight = getattr(module, "weight", None)
+    if isinstance(features, int):
+        stored = weight.shape[1] if isinstance(weight, torch.Tensor) and weight.ndim == 2 else features
+        if hasattr(weight, "device_mesh") or stored != features:
+            raise ValueError(
+                f"{name} is sharded over ranks, which is not supported yet: the spectrum of a shard is not the layer's"
+            )
+        return features
     if type(module).__name__ == "Conv1D" and weight is not None:  # Hugging Face GPT-2 stores (in, out)
         return int(weight.shape[0])
     raise ValueError(f"{name} is a {type(module).__name__}, not a projection: name a Linear or Conv1D module")

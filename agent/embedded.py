@@ -47,6 +47,7 @@ class EmbeddedAggregator:
         """Lets it write what it holds and waits for its end."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
+            self._process.stdin.write(b"end\n")  # forked DataLoader workers may keep the pipe open
             self._process.stdin.close()
         try:
             self._process.wait(timeout_seconds)

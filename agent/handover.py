@@ -79,19 +79,25 @@ class CourierHandover:
 
     def close(self, timeout_seconds: float, dropped: dict[str, int]) -> int:
         deadline = time.monotonic() + timeout_seconds
-        if self._courier is None or self._courier.poll() is not None:
-            self._next_start = 0.0
+        told: subprocess.Popen[bytes] | None = None
+        while (left := deadline - time.monotonic()) > 0:
             self._supervise()
-        assert self._courier is not None
-        self._tell({"dropped": dropped, "close": max(timeout_seconds - 2.0, 0.0)})
-        try:
-            self._courier.wait(max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
+            if self._courier is not told and self._courier is not None:
+                self._tell({"dropped": dropped, "close": max(left - 1.0, 0.0)})
+                told = self._courier
+            if told is not None and told.poll() == 0:
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if told is not None and told.poll() is None:
+                    told.wait(min(left, 0.5))
+                else:
+                    time.sleep(min(left, 0.1))
+        if self._courier is not None:
             self._courier.kill()
             self._courier.wait()
-        assert self._courier.stdin is not None
-        with contextlib.suppress(OSError):
-            self._courier.stdin.close()
+            assert self._courier.stdin is not None
+            with contextlib.suppress(OSError):
+                self._courier.stdin.close()
         undelivered = len(self._spool.numbers())
         if undelivered == 0:
             self._spool.discard()

@@ -57,7 +57,7 @@ class Observer:
         self._moments: Moments | None = None
         self.errors: Counter[str] = Counter()
         _observers[id(self)] = self
-        self._handle = module.register_forward_pre_hook(_hook(id(self)))
+        self._handle = module.register_forward_pre_hook(_hook(id(self)), with_kwargs=True)
 
     def see(self, activations: Tensor) -> None:
         """Adds one forward's activations (..., D); called by the operator at every forward of the layer.
@@ -99,11 +99,13 @@ class Observer:
             self.close()
 
 
-def _hook(observer_id: int) -> Callable[[nn.Module, Any], None]:
+def _hook(observer_id: int) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
     # A plain tensor, not a module buffer: DDP would broadcast a buffer at every forward.
     pulse = torch.zeros(1)
 
-    def observe_input(module: nn.Module, arguments: Any) -> None:
-        torch.ops.eigenwatch.observe(arguments[0].detach(), pulse, observer_id)
+    def observe_input(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        activations = arguments[0] if arguments else keywords.get("input")
+        if type(activations) is Tensor:  # a subclass, such as a DTensor, may know no rule for our operator
+            torch.ops.eigenwatch.observe(activations.detach(), pulse, observer_id)
 
     return observe_input

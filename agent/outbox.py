@@ -81,8 +81,9 @@ class Outbox:
         self._queued_bytes = 0
         self._dropped: Counter[str] = Counter()
         self._changed = threading.Condition()
-        self._closing_seconds: float | None = None
-        self._undelivered = 0
+        self._deadline: float | None = None
+        """On the monotonic clock, once closing."""
+        self._undelivered: int | None = None
         self._thread = threading.Thread(target=self._serve, name="eigenwatch-outbox", daemon=True)
         self._thread.start()
 
@@ -105,31 +106,33 @@ class Outbox:
         """Waits until every record of this rank's partials is durable, at most `timeout_seconds`.
 
         Returns:
-            How many partials are not known to be durable.
+            How many partials are not known to be durable, those that were dropped included.
         """
         with self._changed:
-            if self._closing_seconds is None:
-                self._closing_seconds = timeout_seconds
+            if self._deadline is None:
+                self._deadline = time.monotonic() + timeout_seconds
             self._changed.notify()
-        self._thread.join(timeout_seconds + 5.0)
+        self._thread.join(timeout_seconds + 1.0)
         with self._changed:
-            return self._undelivered + len(self._queue)
+            waiting = len(self._queue) if self._undelivered is not None else max(len(self._queue), 1)
+            return (self._undelivered or 0) + waiting + sum(self.dropped.values())
 
     def _serve(self) -> None:
         last_tick = time.monotonic()
         while True:
             with self._changed:
-                if not self._queue and self._closing_seconds is None:
+                if not self._queue and self._deadline is None:
                     self._changed.wait(TICK_SECONDS)
                 sample = self._queue.popleft() if self._queue else None
                 if sample is not None:
                     self._queued_bytes -= sample.nbytes
-                closing = self._closing_seconds
+                deadline = self._deadline
             try:
                 if sample is not None:
                     self._handover.send(sample.to_partial(self._run_id, self._rank))
-                elif closing is not None:
-                    self._undelivered = self._handover.close(closing, self.dropped)
+                elif deadline is not None:
+                    left = max(deadline - time.monotonic(), 0.0)
+                    self._undelivered = self._handover.close(left, self.dropped)
                     return
                 if time.monotonic() - last_tick >= TICK_SECONDS:
                     last_tick = time.monotonic()
@@ -138,5 +141,5 @@ class Outbox:
                 self._dropped["handover_error"] += 1
                 if self._dropped["handover_error"] == 1:
                     log.warning("a partial could not be handed over: %s: %s", type(error).__name__, error)
-                if sample is None and closing is not None:
+                if sample is None and deadline is not None:
                     return

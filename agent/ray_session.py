@@ -99,7 +99,8 @@ class RaySession:
 
     def heartbeat(self, dropped: dict[str, int]) -> None:
         """Says that the rank lives, and what it has lost so far by reason."""
-        self._tell("heartbeat", dropped)
+        if not self._tell("heartbeat", dropped):
+            raise SessionError("the coordinator restarted and does not know this run")
 
     def finish(self, clean: bool, dropped: dict[str, int]) -> None:
         """Says that the rank sends nothing more; `clean` if it closed, False if it died."""
@@ -108,9 +109,9 @@ class RaySession:
     def close(self) -> None:
         ray.shutdown()
 
-    def _tell(self, method: str, *arguments: Any) -> None:
+    def _tell(self, method: str, *arguments: Any) -> Any:
         call = getattr(self._actors[COORDINATOR], method)
-        self._calling(
+        return self._calling(
             lambda: ray.get(call.remote(self._run.run_id, self._attempt, self._rank, *arguments), timeout=CALL_SECONDS)
         )
 

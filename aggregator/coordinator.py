@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.dataset as ds
 
-from ..schemas import RunDescription, table_folder
+from ..schemas import RUNS, RunDescription, table_folder
 from ..schemas.delivery import Opened
 from .open_records import Launch
 from .snapshot import RunState
@@ -26,6 +26,8 @@ log = logging.getLogger("eigenwatch.aggregator")
 
 LOST_SECONDS = 3600.0
 """A run of which no rank was heard for this long is lost. Long, so that the staleness alert comes first."""
+REPLACED_SECONDS = 60.0
+"""The same for a launch whose run was started again."""
 REMEMBERED_ENDED = 1000
 
 
@@ -64,13 +66,15 @@ class Coordinator:
             owners = {layer.layer: self._shard_names[layer.layer % len(self._shard_names)] for layer in run.layers}
             return Opened(launch.attempt, owners)
 
-    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int]) -> None:
-        """A rank lives; `dropped` is what it has lost so far by reason."""
+    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int]) -> bool:
+        """A rank lives; `dropped` is what it has lost so far by reason. False if the launch must be opened again."""
         with self._lock:
             launch = self._launches.get((run_id, attempt))
-            if launch is not None:
-                launch.heard_at = time.monotonic()
-                launch.dropped[rank] = dropped
+            if launch is None:
+                return False
+            launch.heard_at = time.monotonic()
+            launch.dropped[rank] = dropped
+            return True
 
     def finish(self, run_id: str, attempt: int, rank: int, clean: bool, dropped: dict[str, int]) -> None:
         """A rank sends nothing more: it closed (`clean`) or died. The last one ends the launch."""
@@ -85,10 +89,17 @@ class Coordinator:
                 self._end(launch, "finished" if launch.clean else "lost")
 
     def running(self) -> list[RunState]:
-        """Launches under way; those not heard of for long are ended first."""
+        """The newest launch of each run under way; launches not heard of for long are ended first.
+
+        An earlier launch of a run that was started again may still have partials to deliver: it stays open, unshown.
+        """
         with self._lock:
+            newest: dict[str, int] = {}
+            for run_id, attempt in self._launches:
+                newest[run_id] = max(attempt, newest.get(run_id, 0))
             for launch in list(self._launches.values()):
-                if time.monotonic() - launch.heard_at > LOST_SECONDS:
+                replaced = launch.attempt < newest[launch.run.run_id]
+                if time.monotonic() - launch.heard_at > (REPLACED_SECONDS if replaced else LOST_SECONDS):
                     self._end(launch, "lost")
             return [
                 RunState(
@@ -99,6 +110,7 @@ class Coordinator:
                     dict(sum((Counter(one) for one in launch.dropped.values()), Counter[str]())),
                 )
                 for launch in self._launches.values()
+                if launch.attempt == newest[launch.run.run_id]
             ]
 
     def ended(self) -> list[Launch]:
@@ -107,32 +119,29 @@ class Coordinator:
             return list(self._ended)
 
     def _open(self, run: RunDescription) -> _Launch:
-        attempt, known = self._attempt_of(run)
-        for earlier in [one for one in self._launches.values() if one.run.run_id == run.run_id]:
-            log.warning("run %s was started again; attempt %d ends", run.run_id, earlier.attempt)
-            self._end(earlier, "lost")
         launch = _Launch(
             run=run,
-            attempt=attempt,
+            attempt=self._attempt_of(run),
             started_at=datetime.now(UTC),
             heard_at=time.monotonic(),
             unfinished=set(range(run.world_size)),
         )
-        self._launches[(run.run_id, attempt)] = launch
-        if not known:
-            self._write(launch)
+        key = (run.run_id, launch.attempt)
+        self._launches[key] = launch
+        if key in self._ended:
+            self._ended.remove(key)
+        self._write(launch)
         return launch
 
-    def _attempt_of(self, run: RunDescription) -> tuple[int, bool]:
-        """The attempt of this launch, and whether the store knows it."""
+    def _attempt_of(self, run: RunDescription) -> int:
+        """The attempt that the store knows for this launch, else the next one of the run."""
         folder = table_folder(self._writer.store, run.run_id, "runs")
         if not folder.is_dir():
-            return 0, False
-        table = ds.dataset(folder, format="parquet").to_table(["attempt", "launch_id"])
+            return 0
+        table = ds.dataset(folder, schema=RUNS, format="parquet").to_table(["attempt", "launch_id"])
         attempts = dict(zip(table["launch_id"].to_pylist(), table["attempt"].to_pylist(), strict=True))
-        if run.launch_id in attempts:
-            return attempts[run.launch_id], True
-        return max(attempts.values(), default=-1) + 1, False
+        known: int = attempts.get(run.launch_id, max(attempts.values(), default=-1) + 1)
+        return known
 
     def _end(self, launch: _Launch, status: str) -> None:
         launch.status = status

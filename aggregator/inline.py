@@ -1,6 +1,7 @@
 """The aggregator in the training process: no Ray, one rank; for tests and notebooks.
 
-The same coordinator and shard as in the cluster, called directly.
+The same coordinator and shard as in the cluster, called directly. It solves on the CPU: a failed solve on a GPU could
+poison the training's own process.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class InlineAggregator:
 
     def __init__(self, *, store: str, metrics_port: int | None) -> None:
         self._coordinator = Coordinator(store, [_SHARD])
-        self._shard = Shard(store, SolverConfig(), ShardLimits())
+        self._shard = Shard(store, SolverConfig(device="cpu"), ShardLimits())
         self._endpoint = None if metrics_port is None else Endpoint(self._snapshot, "127.0.0.1", metrics_port)
         self.metrics_url = self._endpoint.url if self._endpoint is not None else None
 
@@ -48,11 +49,11 @@ class InlineAggregator:
 
     def finish(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], timeout_seconds: float) -> int:
         """Writes everything and ends; returns how many partials are not durable."""
-        flushed = self._shard.close(timeout_seconds)
+        unfinished = self._shard.close(timeout_seconds)
         self._coordinator.finish(run_id, attempt, rank, True, dropped)
         if self._endpoint is not None:
             self._endpoint.close()
-        return 0 if flushed else 1
+        return unfinished
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(time.time(), self._coordinator.running(), [self._shard.snapshot(self._coordinator.ended())])

@@ -55,6 +55,9 @@ class OpenRecords:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __contains__(self, key: RecordKey) -> bool:
+        return key in self._open
+
     def merge(self, partial: PartialCovariance, ranks_expected: int, now: float) -> Merged:
         """Adds a partial to its group; the same rank twice counts once."""
         key = partial.key

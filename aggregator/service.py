@@ -83,6 +83,11 @@ class Service:
         runs: list[RunState] = ray.get(self._coordinator.running.remote(), timeout=CALL_SECONDS)
         return runs
 
+    def ended(self) -> list[Launch]:
+        """Launches that have ended lately."""
+        launches: list[Launch] = ray.get(self._coordinator.ended.remote(), timeout=CALL_SECONDS)
+        return launches
+
     def close(self) -> bool:
         """Writes everything that was received and ends the actors; False if not all could be written in time."""
         self._stop.set()
@@ -90,7 +95,7 @@ class Service:
         flushed = False
         with contextlib.suppress(ray.exceptions.RayError):
             closing = [shard.close.remote(FLUSH_SECONDS) for shard in self._shards]
-            flushed = all(ray.get(closing, timeout=FLUSH_SECONDS + CALL_SECONDS))
+            flushed = not any(ray.get(closing, timeout=FLUSH_SECONDS + CALL_SECONDS))
         self._endpoint.close()
         for actor in (self._coordinator, *self._shards):
             ray.kill(actor)

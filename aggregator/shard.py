@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ..schemas import (
     DATA_QUALITY,
     METRIC_NAMES,
+    RECORDS,
     LayerDescription,
     PartialCovariance,
     PartialRefused,
@@ -43,6 +44,7 @@ from .writer import StoreWriter
 
 log = logging.getLogger("eigenwatch.aggregator")
 
+IDLE_SECONDS = 0.1
 WRITE_SECONDS = 1.0
 """A solved record waits at most about this long for others to share its file."""
 REMEMBERED_RECORDS = 200_000
@@ -79,7 +81,7 @@ class Shard:
         self._runs: dict[Launch, dict[tuple[int, str, int | None], LayerDescription]] = {}
         self._open = OpenRecords(limits.deadline_seconds, limits.memory_bytes)
         self._durable: OrderedDict[RecordKey, int] = OrderedDict()
-        """Ranks in each durable record."""
+        """Ranks in each record that is done with: durable, or given up and counted as dropped."""
         self._judge = Judge()
         self._latest: dict[SeriesKey, LatestRecord] = {}
         self._received: Counter[str] = Counter()
@@ -92,7 +94,7 @@ class Shard:
         self._unwritten: list[_Unwritten] = []
         self._write_at = 0.0
         self._written_at = datetime.fromtimestamp(0, UTC)
-        self._flushing = self._stopping = False
+        self._flushing = self._stopping = self._refused = False
         self._changed = threading.Condition(threading.RLock())
         self._worker = threading.Thread(target=self._work, name="eigenwatch-shard", daemon=True)
         self._worker.start()
@@ -113,20 +115,18 @@ class Shard:
     def push(self, header: dict[str, Any], mean: NDArray[np.float64], scatter: NDArray[np.float32]) -> PushReply:
         """Merges one partial, given in its wire form."""
         try:
-            partial = PartialCovariance.from_wire(WirePartial(header, mean, scatter))
-            return self._merge(partial)
+            return self._merge(PartialCovariance.from_wire(WirePartial(header, mean, scatter)))
         except PartialRefused as refused:
-            log.warning("partial refused: %s", refused)
-            run_id = header.get("run_id") if isinstance(header, dict) else None
-            with self._changed:
-                known = any(run == run_id for run, _ in self._runs)
-                self._dropped[(str(run_id) if known else "unknown", refused.reason)] += 1
-            return PushReply("refused", self.incarnation, refused.reason, str(refused))
+            return self._refuse(header, refused.reason, str(refused))
+        except Exception as error:
+            log.exception("partial refused")
+            return self._refuse(header, type(error).__name__, str(error))
 
     def durable(self, keys: list[tuple[Any, ...]]) -> Durability:
-        """Which of these records are durable."""
+        """Which of these records are durable; one that was opened again for a late rank is not."""
         with self._changed:
-            return Durability(self.incarnation, [RecordKey(*key) in self._durable for key in keys])
+            wanted = [RecordKey(*key) for key in keys]
+            return Durability(self.incarnation, [key in self._durable and key not in self._open for key in wanted])
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
         """The state for the endpoint; launches that have ended are forgotten first."""
@@ -142,28 +142,29 @@ class Shard:
                 self._latency_seconds,
             )
 
-    def flush(self, timeout_seconds: float) -> bool:
-        """Closes every open record, complete or not, and writes all; False if that took longer."""
+    def flush(self, timeout_seconds: float) -> int:
+        """Closes every open record, complete or not, and writes all; returns how many were not written in time."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
             self._flushing = True
             self._changed.notify_all()
-            while len(self._open) or self._backlog or self._unwritten:
-                if not self._changed.wait(min(0.1, max(deadline - time.monotonic(), 0.0))) and (
-                    time.monotonic() >= deadline
-                ):
-                    return False
+            while self._unfinished() and time.monotonic() < deadline:
+                self._changed.wait(IDLE_SECONDS)
             self._flushing = False
-        return True
+            return self._unfinished()
 
-    def close(self, timeout_seconds: float) -> bool:
-        """Flushes and ends the worker."""
-        flushed = self.flush(timeout_seconds)
+    def close(self, timeout_seconds: float) -> int:
+        """Flushes and ends the worker; returns the same."""
+        self.flush(timeout_seconds)
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._worker.join(timeout_seconds)
-        return flushed
+            unfinished = self._unfinished()
+        self._worker.join(IDLE_SECONDS if unfinished else timeout_seconds)
+        return unfinished
+
+    def _unfinished(self) -> int:
+        return len(self._open)  # a record is open until it is durable
 
     def _merge(self, partial: PartialCovariance) -> PushReply:
         key = partial.key
@@ -197,20 +198,30 @@ class Shard:
         while True:
             with self._changed:
                 self._backlog.extend(self._open.close_due(time.monotonic(), everything=self._flushing))
-                if not self._backlog:
-                    if self._stopping and not self._unwritten:
-                        return
-                    wait = 0.25 if not self._unwritten else max(self._write_at - time.monotonic(), 0.0)
-                    if not self._flushing and wait > 0:
-                        self._changed.wait(min(wait, 0.25))
-                    elif not self._unwritten:
-                        self._changed.wait(0.05)
                 closed = self._backlog.popleft() if self._backlog else None
+                idle = closed is None and not self._write_due()
+                if idle and self._stopping:
+                    return
+                if idle:
+                    self._changed.wait(IDLE_SECONDS)
+                    continue
             if closed is not None:
                 self._solve_or_drop(closed)
-            idle = self._flushing and not self._backlog
-            if self._unwritten and (time.monotonic() >= self._write_at or idle):
+            if self._write_due():
                 self._write()
+
+    def _refuse(self, header: dict[str, Any], reason: str, message: str) -> PushReply:
+        log.warning("partial refused: %s", message)
+        run_id = header.get("run_id") if isinstance(header, dict) else None
+        with self._changed:
+            known = any(run == run_id for run, _ in self._runs)
+            self._dropped[(str(run_id) if known else "unknown", reason)] += 1
+        return PushReply("refused", self.incarnation, reason, message)
+
+    def _write_due(self) -> bool:
+        """A flush writes at once, but not again and again into a store that has just refused."""
+        hurry = self._flushing and not self._backlog and not self._refused
+        return bool(self._unwritten) and (hurry or time.monotonic() >= self._write_at)
 
     def _solve_or_drop(self, closed: ClosedRecord) -> None:
         try:
@@ -221,7 +232,9 @@ class Shard:
 
     def _drop(self, closed: ClosedRecord, reason: str) -> None:
         with self._changed:
-            self._dropped[(closed.key.run_id, reason)] += len(closed.group.ranks)
+            ranks = len(closed.group.ranks)
+            self._dropped[(closed.key.run_id, reason)] += ranks
+            self._durable[closed.key] = max(ranks, self._durable.get(closed.key, 0))
             self._open.settled(closed.key)
             self._changed.notify_all()
 
@@ -243,6 +256,7 @@ class Shard:
     def _write(self) -> None:
         """Writes what is solved, a file a table and run; what the store refuses waits for the next time."""
         self._written_at = max(datetime.now(UTC), self._written_at + timedelta(microseconds=1))
+        self._refused = False
         by_run: dict[str, list[_Unwritten]] = {}
         for one in self._unwritten:
             by_run.setdefault(one.solved.key.run_id, []).append(one)
@@ -255,6 +269,7 @@ class Shard:
                         self._writer.append(table, run_id, rows)
             except (OSError, pa.ArrowException) as error:
                 log.error("run %s: the store refused %d records, trying again: %s", run_id, len(batch), error)
+                self._refused = True
                 self._write_at = time.monotonic() + WRITE_SECONDS
                 continue
             self._settle(run_id, [one.solved for one in batch])
@@ -310,7 +325,9 @@ def _stored_records(writer: StoreWriter, run_id: str, attempt: int) -> dict[Reco
     if attempt < 0 or not folder.is_dir():
         return {}
     columns = ["step", "layer", "site", "expert", "ranks_seen"]
-    table = ds.dataset(folder, format="parquet").to_table(columns, filter=ds.field("attempt") == attempt)
+    table = ds.dataset(folder, schema=RECORDS, format="parquet").to_table(
+        columns, filter=ds.field("attempt") == attempt
+    )
     stored: dict[RecordKey, int] = {}
     for row in table.to_pylist():
         ranks_seen = row.pop("ranks_seen")

@@ -84,17 +84,26 @@ def serve(
         click.echo(f"In the training: attach(model, run_id=…, aggregator={service.address!r}). Ctrl-C ends.")
         if address is None:
             click.echo("Processes of another user or host need this Ray's token: ~/.ray/auth_token, or RAY_AUTH_TOKEN.")
+    try:
+        _serve_until(stop, service, follow_stdin)
+    finally:
+        flushed = service.close()
+    if not flushed:
+        raise click.ClickException("not everything could be written in time; agents still hold what is missing")
+
+
+def _serve_until(stop: "Stop", service: "Service", follow_stdin: bool) -> None:
     parent = os.getppid()
     while not stop.requested:
         if follow_stdin:
-            ended = select.select([sys.stdin], [], [], 0.5)[0] and not os.read(sys.stdin.fileno(), 1024)
-            if ended or os.getppid() != parent:  # a forked child of the trainer may hold the pipe open
-                _wait_for_couriers(service, stop)
-                break
+            readable = bool(select.select([sys.stdin], [], [], 0.5)[0])
+            said = os.read(sys.stdin.fileno(), 1024) if readable else b""
+            orphaned = (readable and not said) or os.getppid() != parent  # a forked child may hold the pipe open
+            if said or orphaned:
+                _wait_for_couriers(service, stop, orphaned)
+                return
         else:
             stop.wait(0.5)
-    if not service.close():
-        raise click.ClickException("not everything could be written in time; agents still hold what is missing")
 
 
 class Stop:
@@ -118,7 +127,10 @@ class Stop:
         self.requested = True
 
 
-def _wait_for_couriers(service: "Service", stop: Stop) -> None:
+def _wait_for_couriers(service: "Service", stop: Stop, orphaned: bool) -> None:
+    """Returns when every launch has ended. The couriers of a trainer that died early may not have come yet."""
     deadline = time.monotonic() + ORPHAN_SECONDS
-    while service.running() and time.monotonic() < deadline and not stop.requested:
+    while time.monotonic() < deadline and not stop.requested:
+        if not service.running() and (service.ended() or not orphaned):
+            return
         stop.wait(0.2)

@@ -18,6 +18,10 @@ from .tiles import packed_length
 
 WIRE_VERSION = 1
 MAX_WIDTH = 1 << 17
+MAX_TRACE = MAX_WIDTH * float(np.finfo(np.float32).max)
+"""What float32 entries can add up to; beyond it sums of squares would overflow."""
+MAX_TIME_SECONDS = 253_402_300_799.0
+"""The year 9999."""
 
 
 class PartialRefused(ValueError):
@@ -111,10 +115,10 @@ class PartialCovariance:
         width = _integer(header, "width", least=1, most=MAX_WIDTH)
         trace, frobenius_sq = _number(header, "trace"), _number(header, "frobenius_sq")
         finite = math.isfinite(trace)
-        if finite and not (trace >= 0 and frobenius_sq >= 0 and math.isfinite(frobenius_sq)):
+        if finite and not (0 <= trace <= MAX_TRACE and 0 <= frobenius_sq <= MAX_TRACE**2):
             raise PartialRefused("malformed", f"trace {trace} or frobenius_sq {frobenius_sq} is out of range")
         captured_at = _number(header, "captured_at")
-        if not math.isfinite(captured_at):
+        if not 0 <= captured_at <= MAX_TIME_SECONDS:
             raise PartialRefused("malformed", f"captured_at {captured_at} is not a time")
         _check_array("mean", mean, np.float64, width)
         _check_array("scatter", scatter, np.float32, packed_length(width) if finite else 0)

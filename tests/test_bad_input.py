@@ -11,6 +11,8 @@ from eigenwatch.agent import attach
 from eigenwatch.history import open_history
 from torch import nn
 
+from tests.jobs.launch import REPOSITORY
+
 
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
@@ -133,3 +135,11 @@ def test_every_verb_explains_itself_with_an_example(verb):
     completed = run(verb, "--help")
     assert completed.returncode == 0
     assert re.search(rf"Examples?:\s+eigenwatch {verb}", completed.stdout)
+
+
+def test_ranks_that_disagree_on_the_run_id_all_hear_of_it():
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, "-m", "tests.jobs.disagree"]
+    completed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=REPOSITORY)
+    message = "run_id is 'run-0' on rank 0 and 'run-1' on rank 1: pass the same to all"
+    assert sorted(completed.stdout.splitlines()) == [f"rank {rank}: {message}" for rank in range(2)]

@@ -104,3 +104,20 @@ def test_a_killed_trainer_leaves_a_readable_store_with_every_closed_record_and_n
     with open_history(store) as history:
         (run,) = history.query("SELECT status FROM runs").to_pylist()
     assert run["status"] == "lost"
+
+
+def test_couriers_that_die_before_the_end_are_replaced_and_everything_is_delivered(served, job_environment, tmp_path):
+    out = tmp_path / "job"
+    job = start_job(
+        out, job_environment, "--run-id", "couriers-die", "--aggregator", served.address,
+        "--steps", "9", "--every", "2", "--hold",
+    )  # fmt: skip
+    wait_until(lambda: (out / "trained-0").exists() and (out / "trained-1").exists(), 90, "the end of training")
+    for pid, command in marked(job_environment["EIGENWATCH_TEST_MARKER"]).items():
+        if "eigenwatch.agent.courier" in command:
+            os.kill(pid, signal.SIGKILL)
+    (out / "go").touch()
+    assert job.wait(90) == 0, (out / "stderr").read_text()
+    assert [json.loads((out / f"closed-{rank}.json").read_text())["undelivered"] for rank in range(2)] == [0, 0]
+    expected = [(step, layer, True) for step in range(0, 9, 2) for layer in range(LAYERS)]
+    assert records(served.store, "couriers-die") == expected

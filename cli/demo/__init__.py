@@ -147,11 +147,15 @@ def _show_layers(console: Console, history: History, run_id: str) -> None:
     for row in rows:
         samples = f"{row['complete']}" if row["complete"] == row["samples"] else f"{row['complete']}/{row['samples']}"
         table.add_row(
-            str(row["layer"]), str(row["width"]), samples, f"{row['hard_rank']:.1f}", f"{row['soft_rank']:.1f}",
-            f"{row['hard_utilization']:.4f}", f"{row['soft_utilization']:.4f}", f"{row['concentration']:.3f}",
-            f"{row['edim']:.0f}",
+            str(row["layer"]), str(row["width"]), samples, _shown(row["hard_rank"], 1), _shown(row["soft_rank"], 1),
+            _shown(row["hard_utilization"], 4), _shown(row["soft_utilization"], 4), _shown(row["concentration"], 3),
+            _shown(row["edim"], 0),
         )  # fmt: skip
     console.print(table)
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _show_alerts(console: Console, history: History, run_id: str) -> None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 
@@ -19,27 +19,26 @@ class TrainingFailed(Exception):
 
 
 class Training:
-    """Started on construction; ended by leaving the `with`, by `stop`, or by itself."""
+    """Started by entering the `with`; ended by leaving it, by `stop`, or by itself."""
 
     def __init__(self, arguments: list[str], ranks: int) -> None:
         self.metrics_url: str | None = None
-        self._log = tempfile.NamedTemporaryFile(prefix="eigenwatch-demo-", suffix=".log", delete=False)  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-                "-m", "eigenwatch.cli.demo.train", *arguments,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            start_new_session=True,  # Ctrl-C reaches us alone, and we end it once
-        )  # fmt: skip
+        self._command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+            "-m", "eigenwatch.cli.demo.train", *arguments,
+        ]  # fmt: skip
+        self._interrupted = False
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """What rank 0 says, until the end.
 
         Raises:
             TrainingFailed: it ended with an error.
+            KeyboardInterrupt: Ctrl-C, also one that came while the child was being started.
         """
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._interrupted:
+            raise KeyboardInterrupt
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if not line.startswith(b"{"):
@@ -64,6 +63,15 @@ class Training:
                 self._process.communicate(timeout=patience)
 
     def __enter__(self) -> Self:
+        # Ctrl-C between the start of the child and our hold on it would leave it behind: it is kept for `messages`.
+        signal.signal(signal.SIGINT, self._remember_interrupt)
+        self._log = tempfile.NamedTemporaryFile(prefix="eigenwatch-demo-", suffix=".log", delete=False)
+        self._process = subprocess.Popen(
+            self._command,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,  # Ctrl-C reaches us alone, and we end it once
+        )
         return self
 
     def __exit__(
@@ -73,6 +81,9 @@ class Training:
         self._log.close()
         if self._process.returncode in (0, -signal.SIGINT) or kind is None:
             Path(self._log.name).unlink(missing_ok=True)
+
+    def _remember_interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        self._interrupted = True
 
     def _last_words(self) -> str:
         lines = Path(self._log.name).read_text(errors="replace").splitlines()

@@ -96,8 +96,8 @@ def test_layers_may_differ_in_width():
 
 def test_the_stage_of_a_pipeline_keeps_the_numbers_of_its_layers():
     model = nn.Module()
-    model.layers = nn.ModuleDict({"6": mlp(16), "7": mlp(16)})
-    assert [one.layer for one in find_layers(model)] == [6, 7]
+    model.layers = nn.ModuleDict({"10": mlp(16), "9": mlp(16)})
+    assert [one.layer for one in find_layers(model)] == [9, 10]
 
 
 @pytest.mark.parametrize(
@@ -121,15 +121,15 @@ def test_other_models_are_named_by_a_regular_expression(pattern, layers):
 
 def test_a_regular_expression_matches_whole_paths():
     with pytest.raises(ValueError, match="no layer matches"):
-        find_layers(decoder(16), r"\d+\.mlp\.down_proj")
+        find_layers(decoder(16), r"layers\.(\d+)\.mlp\.down")
 
 
 def test_where_nothing_is_found_the_candidates_are_listed():
     model = nn.Module()
-    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, 4)) for _ in range(12))
+    model.blocks = nn.ModuleList(nn.ModuleDict({"wide": nn.Linear(4, 9), "narrow": nn.Linear(9, 4)}) for _ in range(12))
     with pytest.raises(ValueError, match="layers=") as refused:
         find_layers(model)
-    assert str(refused.value).endswith("candidates: blocks.N.N")
+    assert str(refused.value).endswith("candidates: blocks.N.narrow")
     assert "LLaMA" in str(refused.value)
     with pytest.raises(ValueError, match="none"):
         find_layers(nn.Sequential(nn.Linear(4, 4)))
@@ -155,4 +155,22 @@ def test_an_encoder_and_a_decoder_do_not_share_a_layer():
     model = nn.Module()
     model.encoder, model.decoder = decoder(16), decoder(16)
     with pytest.raises(ValueError, match=r"encoder.*decoder.*both layer 0.*layers="):
+        find_layers(model)
+
+
+def test_wrappers_inside_the_path_hide_nothing():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = Decoder(DecoderConfig(layers=3))
+    model.layers[0] = checkpoint_wrapper(model.layers[0])
+    model.layers[1] = torch.compile(model.layers[1])
+    model.layers[2].mlp.down_proj = checkpoint_wrapper(model.layers[2].mlp.down_proj)
+    assert [one.name for one in find_layers(model)] == [f"layers.{k}.mlp.down_proj" for k in range(3)]
+    assert all(isinstance(one.module, nn.Linear) for one in find_layers(model))
+
+
+def test_a_sharded_projection_is_refused():
+    model = Decoder(DecoderConfig(layers=1))
+    model.layers[0].mlp.down_proj.weight = nn.Parameter(torch.zeros(64, 128))
+    with pytest.raises(ValueError, match="is sharded over ranks, which is not supported yet"):
         find_layers(model)

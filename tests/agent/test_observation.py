@@ -228,6 +228,15 @@ def test_a_layer_whose_observation_fails_is_switched_off_and_the_training_goes_o
     assert f"expected {WIDTH + 1}" in messages[0]
 
 
+def test_a_step_of_which_a_forward_failed_is_not_shown_as_if_it_were_whole():
+    watch = Watch(model := decoder())
+    model(batch())
+    watch.observers[0].see(torch.randn(5, WIDTH + 1))
+    assert watch.tokens() == [0, BATCH * TIME]
+    model(batch())
+    assert watch.tokens() == [BATCH * TIME] * LAYERS
+
+
 def test_an_observer_that_is_closed_sees_nothing():
     watch = Watch(model := decoder())
     for observer in watch.observers:
@@ -312,3 +321,31 @@ def test_what_a_compiled_model_computes_again_is_not_counted_again(whole):
     for seed in range(2):
         loss_of(model, batch(seed)).backward()
     assert [observer.take().tokens for observer in observers] == [2 * BATCH * TIME] * LAYERS
+
+
+class CallsByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"down_proj": nn.Linear(8, 4)})})])
+
+    def forward(self, x):
+        return self.layers[0]["mlp"]["down_proj"](input=x)
+
+
+def test_a_projection_that_is_called_by_keyword_is_observed():
+    model = CallsByKeyword()
+    gate = Gate()
+    projection = model.layers[0]["mlp"]["down_proj"]
+    observer = Observer(0, "post", "down_proj", 8, projection, gate)
+    model(torch.randn(5, 8))
+    assert observer.take().tokens == 5
+
+
+def test_an_input_that_is_no_plain_tensor_is_let_through_unobserved():
+    class Wrapped(torch.Tensor):
+        pass
+
+    projection = nn.Linear(8, 4)
+    observer = Observer(0, "post", "down_proj", 8, projection, Gate())
+    projection(torch.randn(5, 8).as_subclass(Wrapped))
+    assert observer.take() is None

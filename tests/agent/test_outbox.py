@@ -180,7 +180,9 @@ def test_closing_waits_for_what_is_inside_and_passes_on_what_the_transport_says(
     closing.join(10)
     assert results == [4]
     assert blocked.steps == [0, 1]
-    assert blocked.closed == [(10, {})]
+    ((left_seconds, dropped),) = blocked.closed
+    assert 0 < left_seconds <= 10
+    assert dropped == {}
     assert box.close(10) == 4
     assert len(blocked.closed) == 1
 
@@ -190,7 +192,7 @@ def test_an_error_of_the_transport_is_counted_and_the_thread_goes_on(caplog):
     box = outbox(handover)
     for step in range(5):
         box.put(sample(step))
-    assert box.close(10) == 0
+    assert box.close(10) == 2
     assert handover.steps == [0, 3, 4]
     assert box.dropped == {"handover_error": 2}
     assert [record.getMessage() for record in caplog.records] == [

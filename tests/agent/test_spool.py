@@ -4,6 +4,8 @@ import json
 import math
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -116,13 +118,38 @@ def test_a_removed_partial_is_told_from_a_broken_one(spool):
         spool.read(0)
 
 
-def test_what_a_crash_left_half_written_is_not_seen(spool):
-    spool.write(0, partial())
-    spool.write(1, partial(1))
-    file_of(spool, 1).rename(file_of(spool, 1).with_suffix(".tmp"))
-    assert spool.numbers() == [0]
-    spool.write(1, partial(1))
-    assert_same(PartialCovariance.from_wire(spool.read(1)), partial(1))
+# A parent that forks writers and kills them: forking is quicker than starting, and here no thread runs yet.
+KILLED_WRITERS = """
+import os, random, signal, sys, time
+from pathlib import Path
+from eigenwatch.agent.spool import Spool
+from tests.agent.test_spool import partial
+
+spool, large = Spool(Path(sys.argv[1])), partial(width=1000)
+random.seed(0)
+for kill in range(10):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        for number in range(1000):
+            spool.write(100 * kill + number % 3, large)
+            os.write(writer, b".")
+    os.close(writer)
+    os.read(reader, 1)
+    time.sleep(random.uniform(0.0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reader)
+"""
+
+
+def test_a_writer_may_be_killed_at_any_moment(spool):
+    command = [sys.executable, "-c", KILLED_WRITERS, str(spool.folder)]
+    subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert len(spool.numbers()) >= 10
+    assert list(spool.folder.glob("*.tmp")), "none of these deaths came in the middle of a write"
+    for number in spool.numbers():
+        assert_same(PartialCovariance.from_wire(spool.read(number)), partial(width=1000))
 
 
 def test_a_write_that_fails_leaves_nothing_behind(spool):

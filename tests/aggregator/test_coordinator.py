@@ -64,24 +64,45 @@ def test_a_row_says_what_the_run_is(coordinator, tmp_path):
     assert row["started_at"] <= row["written_at"]
 
 
-def test_each_new_launch_of_a_run_is_a_new_attempt(coordinator, tmp_path):
+def test_each_new_launch_of_a_run_is_a_new_attempt_and_the_newest_is_shown(coordinator, tmp_path):
     assert [coordinator.open_run(launch(name)).attempt for name in "abc"] == [0, 1, 2]
     assert coordinator.open_run(launch("x", run_id="other")).attempt == 0
     assert running(coordinator) == [("run", 2), ("other", 0)]
-    assert story(tmp_path) == [
-        (0, "a", "running"), (0, "a", "lost"), (1, "b", "running"), (1, "b", "lost"), (2, "c", "running"),
-    ]  # fmt: skip
-    assert coordinator.ended() == [("run", 0), ("run", 1)]
+    assert story(tmp_path) == [(0, "a", "running"), (1, "b", "running"), (2, "c", "running")]
+    assert coordinator.ended() == []
+
+
+def test_a_launch_that_was_replaced_and_falls_silent_is_lost(coordinator, tmp_path, monkeypatch):
+    coordinator.open_run(launch("a"))
+    coordinator.open_run(launch("b"))
+    monkeypatch.setattr("eigenwatch.aggregator.coordinator.REPLACED_SECONDS", -1.0)
+    assert running(coordinator) == [("run", 1)]
+    assert story(tmp_path)[-1] == (0, "a", "lost")
+    assert coordinator.ended() == [("run", 0)]
+
+
+def test_a_launch_that_ended_and_comes_back_is_running_again(coordinator, tmp_path):
+    coordinator.open_run(launch("a"))
+    finish(coordinator)
+    assert coordinator.open_run(launch("a")).attempt == 0
+    assert running(coordinator) == [("run", 0)]
+    assert coordinator.ended() == []
+    assert story(tmp_path)[-1] == (0, "a", "running")
 
 
 def test_a_restarted_coordinator_knows_the_attempts_from_the_store(coordinator, tmp_path):
     coordinator.open_run(launch("a"))
     coordinator.open_run(launch("b"))
     again = Coordinator(str(tmp_path), SHARDS)
+    assert not again.heartbeat("run", 1, 0, {})
     assert again.open_run(launch("b")) == coordinator.open_run(launch("b"))
-    assert again.open_run(launch("b")).attempt == 1
+    assert again.heartbeat("run", 1, 0, {})
     assert again.open_run(launch("c")).attempt == 2
-    assert story(tmp_path)[-2:] == [(1, "b", "lost"), (2, "c", "running")]
+
+
+def test_a_folder_without_a_file_does_not_stop_a_run(coordinator, tmp_path):
+    (tmp_path / "run_id=run" / "runs").mkdir(parents=True)
+    assert coordinator.open_run(launch("a")).attempt == 0
 
 
 def test_a_launch_is_finished_when_its_last_rank_has_closed(coordinator, tmp_path):

@@ -95,9 +95,10 @@ def test_every_series_is_judged_by_itself(judge):
 
 def test_what_ended_is_forgotten(judge):
     other = KEY._replace(attempt=1)
-    tell(judge, range(10), COLLAPSED)
+    (before,) = tell(judge, range(10), COLLAPSED)
     tell(judge, range(10), COLLAPSED, other)
     judge.forget({("run", 0), ("never", 7)})
     assert firing(judge) == {(other.series, "collapse"): True}
     (row,) = tell(judge, range(WINDOW), COLLAPSED)
-    assert row["state"] == "firing", "it starts from nothing: an older step is judged, and the alert is a new one"
+    assert row["state"] == "firing", "it starts from nothing, so that an older step is judged"
+    assert row["alert_id"] != before["alert_id"]

@@ -199,7 +199,7 @@ def test_a_shard_that_restarts_knows_what_is_durable(open_shard, tmp_path):
     first = open_shard(deadline_seconds=SOON)
     push(first, partial(0), partial(1), partial(0, step=200))
     wait_for_rows(tmp_path, 2)
-    assert first.close(FLUSH_SECONDS)
+    assert first.close(FLUSH_SECONDS) == 0
 
     second = open_shard(deadline_seconds=SOON)
     assert second.incarnation != first.incarnation
@@ -237,7 +237,7 @@ def test_all_ranks_that_push_again_to_a_restarted_shard_replace_what_some_of_the
 def test_activations_that_are_not_finite_are_a_record_without_metrics(open_shard, tmp_path):
     shard = open_shard()
     push(shard, partial(0), broken(1), partial(0, step=200), partial(1, step=200))
-    assert shard.flush(FLUSH_SECONDS)
+    assert shard.flush(FLUSH_SECONDS) == 0
     bad, good = stored(tmp_path)
     assert (bad["finite"], bad["complete"], bad["tokens"]) == (False, True, 80)
     assert [name for name in METRIC_NAMES if bad[name] is not None] == []
@@ -278,21 +278,22 @@ def test_a_record_of_hardly_any_tokens_is_stored(open_shard, tmp_path, tokens):
 def test_flushing_writes_everything_complete_or_not(open_shard, tmp_path, end):
     shard = open_shard()
     push(shard, *(partial(0, step=step) for step in range(5)), partial(1, step=3))
-    assert end(shard, FLUSH_SECONDS)
+    assert end(shard, FLUSH_SECONDS) == 0
     complete = {row["step"]: row["complete"] for row in stored(tmp_path)}
     assert complete == {step: step == 3 for step in range(5)}
     assert durable(shard, *(KEY._replace(step=step) for step in range(5))) == [True] * 5
-    assert shard.close(FLUSH_SECONDS)
+    assert shard.close(FLUSH_SECONDS) == 0
 
 
 def test_after_a_flush_a_shard_goes_on_waiting_for_all_ranks(open_shard, tmp_path):
     shard = open_shard()
     push(shard, partial(0))
     shard.flush(FLUSH_SECONDS)
-    push(shard, partial(0, step=200))
+    push(shard, partial(0, step=200), partial(0, step=300), partial(1, step=300))
+    wait_for_rows(tmp_path, 2)
     push(shard, partial(1, step=200))
-    records = wait_for_rows(tmp_path, 2)
-    assert [(row["step"], row["complete"]) for row in records] == [(100, False), (200, True)]
+    records = wait_for_rows(tmp_path, 3)
+    assert [(row["step"], row["complete"]) for row in records] == [(100, False), (300, True), (200, True)]
 
 
 def test_what_the_store_refuses_is_kept_until_it_takes_it(open_shard, tmp_path, caplog):
@@ -302,7 +303,7 @@ def test_what_the_store_refuses_is_kept_until_it_takes_it(open_shard, tmp_path, 
     push(shard, partial(0), partial(1))
     wait_until(lambda: "trying again" in caplog.text, 10, "the first refusal")
     assert durable(shard) == [False]
-    assert not shard.flush(0.1)
+    assert shard.flush(0.1) == 1
     in_the_way.unlink()
     (record,) = wait_for_rows(tmp_path, 1)
     assert record["complete"]

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from eigenwatch.cli.dashboards import dashboards
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "deploy"))
-from grafana_server import TOKEN, GrafanaServer
+from tests.deploy.grafana_server import TOKEN, GrafanaServer
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 

@@ -6,7 +6,8 @@ from pathlib import PurePosixPath
 
 import pytest
 import yaml
-from prometheus_programs import DEPLOY
+
+from tests.deploy.prometheus_programs import DEPLOY
 
 COMPOSE = DEPLOY / "compose"
 REPOSITORY = DEPLOY.parent

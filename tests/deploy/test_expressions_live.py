@@ -19,7 +19,8 @@ import yaml
 from eigenwatch.deploy.dashboards import committed_dashboards
 from eigenwatch.schemas.prometheus import FAMILIES
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_programs import DEPLOY, program
+
+from tests.deploy.prometheus_programs import DEPLOY, program
 
 LABELS = {
     "run": ["demo"], "layer": ["0", "1"], "site": ["post"], "expert": [""], "kind": ["collapse"],

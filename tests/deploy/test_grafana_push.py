@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 from eigenwatch.deploy.dashboards import committed_dashboards
 from eigenwatch.deploy.grafana_push import DATASOURCE_UID, Change, GrafanaAddress, GrafanaPushError, push
-from grafana_server import TOKEN, Answer, GrafanaServer, refusal
+
+from tests.deploy.grafana_server import TOKEN, Answer, GrafanaServer, refusal
 
 PROMETHEUS = "http://prometheus.test:9090"
 RUN = "eigenwatch-run"

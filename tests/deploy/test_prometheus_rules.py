@@ -8,7 +8,8 @@ import pytest
 import yaml
 from eigenwatch.deploy.promql import unknown_names
 from eigenwatch.schemas import STALE_AFTER_SECONDS
-from prometheus_programs import DEPLOY, promtool
+
+from tests.deploy.prometheus_programs import DEPLOY, promtool
 
 PROMETHEUS = DEPLOY / "prometheus"
 RULES = [rule for group in yaml.safe_load((PROMETHEUS / "rules.yml").read_text())["groups"] for rule in group["rules"]]

@@ -6,7 +6,8 @@ from eigenwatch.deploy.dashboards import Dashboard, committed_dashboards, load_d
 from eigenwatch.deploy.grafana_push import DATASOURCE_UID
 from eigenwatch.deploy.promql import SAMPLE_NAMES, metric_names, unknown_names, variable_expression
 from eigenwatch.schemas import COLLAPSE, STALE_AFTER_SECONDS
-from prometheus_programs import DEPLOY
+
+from tests.deploy.prometheus_programs import DEPLOY
 
 DASHBOARDS = committed_dashboards()
 PANELS = [

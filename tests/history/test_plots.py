@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from eigenwatch.history import open_history
 from eigenwatch.history.plots import LOWEST_UTILIZATION, layer_step_heatmaps, step_edges
-from stored import NOT_FINITE, record, write
+
+from tests.history.stored import NOT_FINITE, record, write
 
 STEPS = (0, 10, 20, 100)
 

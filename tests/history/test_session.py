@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 from eigenwatch.history import History, open_history
 from eigenwatch.schemas import STORE_VARIABLE
-from stored import at, record, spectrum, write
+
+from tests.history.stored import at, record, spectrum, write
 
 
 @pytest.fixture(scope="module")

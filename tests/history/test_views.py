@@ -15,7 +15,8 @@ from eigenwatch.schemas import METRIC_NAMES, RECORDS, TABLES, table_folder
 from eigenwatch.schemas.views import view_statements
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored import NOT_FINITE, alert, at, record, run, spectrum, write
+
+from tests.history.stored import NOT_FINITE, alert, at, record, run, spectrum, write
 
 VIEWS = ("records", "records_raw", "eigenvalues", "alerts", "runs")
 

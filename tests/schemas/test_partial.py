@@ -109,6 +109,10 @@ def test_a_header_that_lacks_something_is_refused(name):
     assert refusal(WirePartial(header, MEAN, SCATTER)).reason == ("version" if name == "version" else "malformed")
 
 
+def test_a_layer_without_width_is_refused():
+    assert refusal(wire(mean=np.empty(0), scatter=NOTHING, width=0)).reason == "malformed"
+
+
 def test_a_header_that_is_no_mapping_is_refused():
     assert refusal(WirePartial([], MEAN, SCATTER)).reason == "malformed"  # type: ignore[arg-type]
 
