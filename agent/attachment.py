@@ -295,6 +295,7 @@ class Agent:
                 f"step {step} came after step {self._last_step}: pass the optimizer's global step, which only rises, "
                 "or later epochs are not sampled"
             )
+        stride = max(step - self._last_step, 1)
         self._last_step = step
         if self._gate.open:
             captured_at = time.time()
@@ -318,7 +319,7 @@ class Agent:
                     f"nothing was observed in sampled step {step}: was the model in training mode, and attach() "
                     "called before the first compiled forward?"
                 )
-        self._gate.open = self._schedule.due(step + 1, self._last_sampled)
+        self._gate.open = self._schedule.due(step + stride, self._last_sampled)
 
     def _warn_once(self, message: str) -> None:
         if not self._warned:

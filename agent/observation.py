@@ -10,7 +10,6 @@ how it is told from a forward; `is_grad_enabled` would also be false in a reentr
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ class Observer:
         self._moments: Moments | None = None
         self.errors: Counter[str] = Counter()
         _observers[id(self)] = self
-        self._handle = module.register_forward_pre_hook(_hook(id(self)), with_kwargs=True)
+        self._handle = module.register_forward_pre_hook(_Hook(id(self)), with_kwargs=True)
 
     def see(self, activations: Tensor) -> None:
         """Adds one forward's activations (..., D); called by the operator at every forward of the layer.
@@ -67,7 +66,7 @@ class Observer:
         module = self._module()
         if not self._gate.open or module is None or not module.training:
             return
-        if torch._C._current_graph_task_id() >= 0:  # a recompute inside backward
+        if torch._C._current_graph_task_id() >= 0 or torch.is_inference_mode_enabled():  # a recompute; no training
             return
         try:
             if activations.shape[-1] != self.width:
@@ -99,13 +98,23 @@ class Observer:
             self.close()
 
 
-def _hook(observer_id: int) -> Callable[[nn.Module, Any, dict[str, Any]], None]:
-    # A plain tensor, not a module buffer: DDP would broadcast a buffer at every forward.
-    pulse = torch.zeros(1)
+class _Hook:
+    """The pre-hook of one layer. A copy of the model, or one that was saved, carries a hook that observes nothing."""
 
-    def observe_input(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+    def __init__(self, observer_id: int) -> None:
+        self.observer_id = observer_id
+        # A plain tensor, not a module buffer: DDP would broadcast a buffer at every forward.
+        self.pulse = torch.zeros(1)
+
+    def __call__(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         activations = arguments[0] if arguments else keywords.get("input")
         if type(activations) is Tensor:  # a subclass, such as a DTensor, may know no rule for our operator
-            torch.ops.eigenwatch.observe(activations.detach(), pulse, observer_id)
+            torch.ops.eigenwatch.observe(activations.detach(), self.pulse, self.observer_id)
 
-    return observe_input
+    def __reduce__(self) -> Any:
+        return _NoHook, ()
+
+
+class _NoHook:
+    def __call__(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        return None

@@ -83,6 +83,7 @@ class Outbox:
         self._changed = threading.Condition()
         self._deadline: float | None = None
         """On the monotonic clock, once closing."""
+        self._in_flight = 0
         self._undelivered: int | None = None
         self._thread = threading.Thread(target=self._serve, name="eigenwatch-outbox", daemon=True)
         self._thread.start()
@@ -114,7 +115,7 @@ class Outbox:
             self._changed.notify()
         self._thread.join(timeout_seconds + 1.0)
         with self._changed:
-            waiting = len(self._queue) if self._undelivered is not None else max(len(self._queue), 1)
+            waiting = len(self._queue) + self._in_flight
             return (self._undelivered or 0) + waiting + sum(self.dropped.values())
 
     def _serve(self) -> None:
@@ -124,6 +125,7 @@ class Outbox:
                 if not self._queue and self._deadline is None:
                     self._changed.wait(TICK_SECONDS)
                 sample = self._queue.popleft() if self._queue else None
+                self._in_flight = int(sample is not None)
                 if sample is not None:
                     self._queued_bytes -= sample.nbytes
                 deadline = self._deadline

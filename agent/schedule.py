@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Every:
     """Samples the first step seen, then the first step at or after each multiple of `steps`.
 
-    It looks only at step numbers, so ranks that step together sample together, and a stride other than one (a
-    trainer that counts micro-steps) loses no sample.
+    It looks only at step numbers, so ranks that step together sample together. A stride other than one (a trainer that
+    counts micro-steps) is learnt from the second step.
     """
 
     steps: int

@@ -82,8 +82,10 @@ class Spool:
             with pa.memory_map(str(self._path(number))) as source:
                 batch = pa.ipc.open_file(source).get_batch(0)
             header = json.loads(batch.column(0)[0].as_py())
-            return WirePartial(header, _numbers(batch.column(1), np.float64), _numbers(batch.column(2), np.float32))
-        except FileNotFoundError:
+            wire = WirePartial(header, _numbers(batch.column(1), np.float64), _numbers(batch.column(2), np.float32))
+            PartialCovariance.from_wire(wire)
+            return wire
+        except (FileNotFoundError, PartialRefused):
             raise
         except (pa.ArrowException, ValueError, OSError, IndexError, TypeError, AttributeError) as error:
             raise PartialRefused("malformed", f"spool file {number} is not readable: {error}") from error

@@ -97,10 +97,10 @@ class OpenRecords:
         closed = [ClosedRecord(key, entry.group, entry.captured_at, entry.ranks_expected) for key, entry in due]
         return sorted(closed, key=lambda one: (one.key.step, one.key.layer))
 
-    def settled(self, key: RecordKey) -> None:
-        """A closed record is durable: its group goes, or is kept for a late rank if it was incomplete."""
+    def settled(self, key: RecordKey, keep: bool = True) -> None:
+        """A closed record is durable: its group goes, or waits for late ranks if it is incomplete and `keep`."""
         entry = self._open.pop(key)
-        if len(entry.group.ranks) < entry.ranks_expected:
+        if keep and len(entry.group.ranks) < entry.ranks_expected:
             self._late[key] = entry
             self._forget_late(0)
         else:

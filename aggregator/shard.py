@@ -278,7 +278,10 @@ class Shard:
         now = time.time()
         with self._changed:
             for one in batch:
-                self._open.settled(one.key)
+                under_way = (one.key.run_id, one.key.attempt) in self._runs
+                self._open.settled(one.key, keep=under_way)
+                if not under_way:  # its launch has ended, and nothing would ever forget it again
+                    continue
                 self._durable[one.key] = one.row["ranks_seen"]
                 latest = self._latest.get(one.key.series)
                 if latest is None or latest.step <= one.key.step:

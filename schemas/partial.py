@@ -7,6 +7,7 @@ reader of a spool needs the class, and everything that arrives is checked before
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ WIRE_VERSION = 1
 MAX_WIDTH = 1 << 17
 MAX_TRACE = MAX_WIDTH * float(np.finfo(np.float32).max)
 """What float32 entries can add up to; beyond it sums of squares would overflow."""
+MAX_TOKENS = 1 << 40
 MAX_TIME_SECONDS = 253_402_300_799.0
 """The year 9999."""
 
@@ -102,7 +104,7 @@ class PartialCovariance:
         if not isinstance(version, int) or not 1 <= version <= WIRE_VERSION:
             raise PartialRefused(
                 "version",
-                f"wire version {version!r} is not understood; this side speaks up to {WIRE_VERSION}",
+                f"wire version {_shown(version)} is not understood; this side speaks up to {WIRE_VERSION}",
             )
         key = RecordKey(
             run_id=_run_id(header),
@@ -127,7 +129,7 @@ class PartialCovariance:
         return cls(
             key=key,
             rank=_integer(header, "rank"),
-            tokens=_integer(header, "tokens", least=1),
+            tokens=_integer(header, "tokens", least=1, most=MAX_TOKENS),
             mean=mean,
             scatter=scatter,
             trace=trace,
@@ -136,17 +138,25 @@ class PartialCovariance:
         )
 
 
+def _shown(value: Any) -> str:
+    """A value as a message may show it: short, whatever it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__}"
+
+
 def _integer(header: dict[str, Any], name: str, least: int = 0, most: int = (1 << 63) - 1) -> int:
     value = header.get(name)
     if type(value) is not int or not least <= value <= most:
-        raise PartialRefused("malformed", f"{name} must be an integer in [{least}, {most}], got {value!r}")
+        raise PartialRefused("malformed", f"{name} must be an integer in [{least}, {most}], got {_shown(value)}")
     return value
 
 
 def _number(header: dict[str, Any], name: str) -> float:
     value = header.get(name)
     if type(value) is not float:
-        raise PartialRefused("malformed", f"{name} must be a float, got {value!r}")
+        raise PartialRefused("malformed", f"{name} must be a float, got {_shown(value)}")
     return value
 
 
@@ -159,9 +169,9 @@ def _run_id(header: dict[str, Any]) -> str:
 
 def _site(header: dict[str, Any]) -> str:
     site = header.get("site")
-    if site not in SITES:
-        raise PartialRefused("malformed", f"site must be one of {SITES}, got {site!r}")
-    return str(site)
+    if not isinstance(site, str) or site not in SITES:
+        raise PartialRefused("malformed", f"site must be one of {SITES}, got {_shown(site)}")
+    return site
 
 
 def _check_array(name: str, array: NDArray[Any], dtype: type[np.floating[Any]], length: int) -> None:
