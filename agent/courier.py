@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import select
+import signal
 import sys
 import time
 from collections import Counter
@@ -30,6 +31,9 @@ DURABILITY_SECONDS = 0.5
 HEARTBEAT_SECONDS = 2.0
 BATCH = 8
 """Partials in flight at once."""
+HANG_SECONDS = 180
+"""A call into Ray that does not return for this long (seen where the address is not a Ray) ends the process by SIGALRM;
+the outbox starts another, and an orphan leaves nothing behind."""
 ORPHAN_SECONDS = 30.0
 """How long a courier whose rank died goes on delivering."""
 
@@ -90,6 +94,7 @@ class Courier:
         next_poll = next_heartbeat = 0.0
         deadline = None
         while True:
+            signal.alarm(HANG_SECONDS)
             self._inbox.wait(POLL_SECONDS)
             now = time.monotonic()
             if self._inbox.close_seconds is not None and deadline is None:
