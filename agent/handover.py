@@ -81,12 +81,12 @@ class CourierHandover:
         deadline = time.monotonic() + timeout_seconds
         told: subprocess.Popen[bytes] | None = None
         while (left := deadline - time.monotonic()) > 0:
+            if told is not None and told.poll() == 0:
+                break
             self._supervise()
             if self._courier is not told and self._courier is not None:
                 self._tell({"dropped": dropped, "close": max(left - 1.0, 0.0)})
                 told = self._courier
-            if told is not None and told.poll() == 0:
-                break
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if told is not None and told.poll() is None:
                     told.wait(min(left, 0.5))
