@@ -34,12 +34,15 @@ class SnapshotCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         snapshot = self._newest()
         running = {(run.run_id, run.attempt) for run in snapshot.runs}
-        latest = [
-            one
-            for shard in snapshot.shards
-            for one in shard.latest
-            if (one.series.run_id, one.series.attempt) in running
-        ]
+        latest = sorted(
+            (
+                one
+                for shard in snapshot.shards
+                for one in shard.latest
+                if (one.series.run_id, one.series.attempt) in running
+            ),
+            key=lambda one: _order(one.series),  # not by when each record was written: a scrape is easier to compare
+        )
         yield _gauge(names.BUILD_INFO, [(self._versions, 1.0)])
         yield _gauge(names.SNAPSHOT_TIMESTAMP, [([], snapshot.taken_at)])
         yield _gauge(
@@ -118,6 +121,10 @@ class Endpoint:
 def _series_labels(series: SeriesKey) -> dict[str, str]:
     labels = {"run": series.run_id, "layer": str(series.layer), "site": series.site}
     return labels if series.expert is None else labels | {"expert": str(series.expert)}
+
+
+def _order(series: SeriesKey) -> tuple[str, int, str, int]:
+    return series.run_id, series.layer, series.site, -1 if series.expert is None else series.expert
 
 
 def _gauge(family: names.Family, samples: list[tuple[list[str], float]]) -> Metric:

@@ -130,6 +130,15 @@ def test_every_gauge_is_shown_for_every_layer(shown, family):
     }
 
 
+def test_series_stand_in_the_order_of_the_layers_however_their_records_came(shown):
+    keys = [series(2), series(0), series(1, expert=1), series(1, expert=0), series(1, site="pre"), series(10)]
+    shown.snapshot = Snapshot(1.7e9, [running()], [shard(*map(record, keys[:3])), shard(*map(record, keys[3:]))])
+    assert list(shown.values("eigenwatch_hard_rank", "layer", "site", "expert")) == [
+        ("0", "post", None), ("1", "post", "0"), ("1", "post", "1"), ("1", "pre", None), ("2", "post", None),
+        ("10", "post", None),
+    ]  # fmt: skip
+
+
 def test_when_and_at_which_step_a_layer_was_last_recorded(shown):
     assert set(shown.values("eigenwatch_last_record_timestamp_seconds", "layer").values()) == {1.7e9}
     assert shown.values("eigenwatch_last_record_step", "layer") == {("0",): 500, ("1",): 500, ("2",): 500}
