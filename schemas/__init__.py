@@ -19,7 +19,7 @@ from .tables import (
     table_folder,
 )
 from .thresholds import COLLAPSE, STALE_AFTER_SECONDS, CollapseThresholds
-from .tiles import TILE_ROWS, Tile, packed_length, row_tiles
+from .tiles import TILE_ROWS, Tile, packed_length, packed_offset, row_tiles
 
 __all__ = [
     "ALERTS",
@@ -51,6 +51,7 @@ __all__ = [
     "check_run_id",
     "default_store",
     "packed_length",
+    "packed_offset",
     "row_tiles",
     "table_folder",
 ]

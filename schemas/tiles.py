@@ -39,3 +39,11 @@ def row_tiles(width: int) -> list[Tile]:
 def packed_length(width: int) -> int:
     """How many numbers the packed upper triangle of a (width, width) matrix holds."""
     return sum(tile.length(width) for tile in row_tiles(width))
+
+
+def packed_offset(width: int, row: int) -> int:
+    """Where a row begins in the packed triangle: rows [a, b) are the slice between the offsets of a and b."""
+    if row == width:
+        return packed_length(width)
+    tile = row_tiles(width)[row // TILE_ROWS]
+    return tile.offset + (row - tile.start) * (width - tile.start)
