@@ -195,7 +195,11 @@ def _describe(everyone: list[dict[str, Any]]) -> RunDescription:
         world_size=len(everyone),
         layers=tuple(
             LayerDescription(
-                layer=layer, site="post", name=names[layer][0], width=names[layer][1], ranks=tuple(contributors[layer])
+                layer=layer,
+                site="post",
+                name=names[layer][0],
+                width=names[layer][1],
+                shares=tuple((rank,) for rank in contributors[layer]),
             )
             for layer in sorted(contributors)
         ),

@@ -13,10 +13,8 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass
 
-import numpy as np
-
-from ..schemas import PartialCovariance, RecordKey
-from ..spectrum import Moments, trace_and_frobenius_sq
+from ..schemas import Origin, PartialCovariance, RecordKey
+from ..spectrum import Moments, partial_of
 from .handover import Handover
 
 log = logging.getLogger("eigenwatch.agent")
@@ -56,19 +54,8 @@ class Sample:
 
     def to_partial(self, run_id: str, rank: int) -> PartialCovariance:
         """The partial, on the CPU. Its attempt is stamped on delivery, by whoever knows it."""
-        scatter = self.moments.scatter.cpu()
-        trace, frobenius_sq = trace_and_frobenius_sq(scatter, self.moments.width)
-        finite = bool(np.isfinite(trace) and np.isfinite(frobenius_sq))
-        return PartialCovariance(
-            key=RecordKey(run_id, 0, self.step, self.layer, self.site, None),
-            rank=rank,
-            tokens=self.moments.tokens,
-            mean=self.moments.mean.cpu().numpy(),
-            scatter=scatter.numpy() if finite else np.empty(0, dtype=np.float32),
-            trace=trace if finite else float("nan"),
-            frobenius_sq=frobenius_sq if finite else float("nan"),
-            captured_at=self.captured_at,
-        )
+        key = RecordKey(run_id, 0, self.step, self.layer, self.site, None)
+        return partial_of(self.moments, Origin(key=key, rank=rank, share=rank, captured_at=self.captured_at))
 
 
 class Outbox:

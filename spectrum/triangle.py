@@ -6,7 +6,7 @@ The agent writes products straight into the views; the aggregator unpacks once, 
 import torch
 from torch import Tensor
 
-from ..schemas import Tile, packed_length, row_tiles
+from ..schemas import Tile, packed_length, packed_offset, row_tiles
 
 
 def tile_views(packed: Tensor, width: int) -> list[tuple[Tile, Tensor]]:
@@ -49,19 +49,31 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     return matrix
 
 
-def trace_and_frobenius_sq(packed: Tensor, width: int) -> tuple[float, float]:
+def trace_and_frobenius_sq(packed: Tensor, width: int, rows: tuple[int, int] | None = None) -> tuple[float, float]:
     """tr S and ‖S‖²_F of the symmetric matrix S that is packed, summed in float64, a tile at a time.
 
     Outside the squares on the diagonal a packed number stands for two entries of the matrix and counts twice.
     On a GPU it waits for the device, once.
+
+    Args:
+        packed: the packed triangle, or the slice of it that holds `rows`.
+        width: D.
+        rows: [start, stop) of the matrix; all where not given. What the blocks of a matrix give adds up to the whole.
     """
+    first, last = rows or (0, width)
+    offset = packed_offset(width, first)
+    assert packed.shape == (packed_offset(width, last) - offset,), (packed.shape, width, rows)
     trace = torch.zeros((), dtype=torch.float64, device=packed.device)
     frobenius_sq = torch.zeros((), dtype=torch.float64, device=packed.device)
-    for tile, view in tile_views(packed, width):
-        rows = tile.stop - tile.start
-        view = view.to(torch.float64)
+    for tile in row_tiles(width):
+        start, stop = max(first, tile.start), min(last, tile.stop)
+        if start >= stop:
+            continue
+        flat = packed[packed_offset(width, start) - offset : packed_offset(width, stop) - offset]
+        view = flat.view(stop - start, width - tile.start).to(torch.float64)
+        square = tile.stop - tile.start
         squares_of_columns = view.square().sum(0)
-        trace += view.diagonal().sum()
-        frobenius_sq += squares_of_columns[:rows].sum() + 2 * squares_of_columns[rows:].sum()
+        trace += view.diagonal(start - tile.start).sum()
+        frobenius_sq += squares_of_columns[:square].sum() + 2 * squares_of_columns[square:].sum()
     trace_value, frobenius_value = torch.stack((trace, frobenius_sq)).tolist()
     return trace_value, frobenius_value
