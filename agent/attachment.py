@@ -164,7 +164,9 @@ def _watches(
     sites: Sequence[str],
     watch: Sequence[Watch] | None,
 ) -> list[Watch]:
-    given = [name for name, value in (("every", every), ("schedule", schedule), ("layers", layers)) if value is not None]
+    given = [
+        name for name, value in (("every", every), ("schedule", schedule), ("layers", layers)) if value is not None
+    ]
     if every is not None and schedule is not None:
         raise ValueError("every and schedule exclude each other: write schedule=Schedule(every=…)")
     if watch is not None:

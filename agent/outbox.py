@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..schemas import Partial, PartialSamples, RecordKey, packed_length
-from ..spectrum import nothing_seen, partial_of
+from ..schemas import Origin, Partial, RecordKey, packed_length
+from ..spectrum import partial_of, partial_of_nothing, samples_of
 from .capture import Capture
 from .handover import Handover
 from .observation import Place
@@ -75,22 +75,21 @@ class Sample:
         """
         place = self.place
         key = RecordKey(run_id, 0, self.step, place.layer, place.site, place.expert)
-        origin = {
-            "key": key,
-            "rank": rank,
-            "share": place.share,
-            "captured_at": self.captured_at,
-            "sampling_steps": self.sampling_steps,
-            "overhead_ratio": self.overhead_ratio,
-        }
+        origin = Origin(
+            key=key,
+            rank=rank,
+            share=place.share,
+            captured_at=self.captured_at,
+            sampling_steps=self.sampling_steps,
+            overhead_ratio=self.overhead_ratio,
+        )
         if self.capture is None:
-            return nothing_seen(origin, place.width, place.block)
+            return partial_of_nothing(place.width, place.block, origin)
         if rows_allowed and place.block == (0, place.width):
             rows_ND = self.capture.rows_ND(most_bytes=4 * packed_length(place.width))
             if rows_ND is not None and rows_ND.dtype in (torch.float32, torch.float16, torch.bfloat16):
-                bits = rows_ND.view(torch.uint16) if rows_ND.dtype == torch.bfloat16 else rows_ND
-                return PartialSamples(**origin, samples=bits.numpy())
-        return partial_of(self.capture.moments(), **origin)
+                return samples_of(rows_ND, origin)
+        return partial_of(self.capture.moments(), origin)
 
 
 class Outbox:

@@ -18,6 +18,7 @@ from .eigenvalues import eigenvalues
 from .measure import measure
 from .merge import Group, RankMean, Sums, merge
 from .moments import Moments
+from .partial import covariance_of, partial_of, partial_of_nothing, samples_of
 from .power_law import PowerLaw, power_law
 from .ranks import (
     effective_dimension,
@@ -37,6 +38,7 @@ __all__ = [
     "PowerLaw",
     "RankMean",
     "Sums",
+    "covariance_of",
     "effective_dimension",
     "eigenvalues",
     "entropy",
@@ -49,7 +51,10 @@ __all__ = [
     "measure",
     "merge",
     "pack",
+    "partial_of",
+    "partial_of_nothing",
     "power_law",
+    "samples_of",
     "soft_rank",
     "soft_rank_corrected",
     "soft_utilization",

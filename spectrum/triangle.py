@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..schemas import Tile, packed_length, packed_offset, row_tiles
+from ..schemas import TILE_ROWS, Tile, packed_length, packed_offset, row_tiles
 
 
 def tile_views(packed: Tensor, width: int) -> list[tuple[Tile, Tensor]]:
@@ -83,19 +83,23 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     return matrix
 
 
-def trace_and_frobenius_sq(packed: Tensor, width: int) -> tuple[float, float]:
+def trace_and_frobenius_sq(packed: Tensor, width: int, rows: tuple[int, int] | None = None) -> tuple[float, float]:
     """tr S and ‖S‖²_F of the symmetric matrix S that is packed, summed in float64, a tile at a time.
 
     Outside the squares on the diagonal a packed number stands for two entries of the matrix and counts twice.
     On a GPU it waits for the device, once.
+
+    Args:
+        packed: the packed triangle, or the slice of it that holds `rows`.
+        width: D.
+        rows: [start, stop) of the matrix; all where not given. What the blocks of a matrix give adds up to the whole.
     """
     trace = torch.zeros((), dtype=torch.float64, device=packed.device)
     frobenius_sq = torch.zeros((), dtype=torch.float64, device=packed.device)
-    for tile, view in tile_views(packed, width):
-        rows = tile.stop - tile.start
-        view = view.to(torch.float64)
-        squares_of_columns = view.square().sum(0)
-        trace += view.diagonal().sum()
-        frobenius_sq += squares_of_columns[:rows].sum() + 2 * squares_of_columns[rows:].sum()
+    for block, view in block_views(packed, width, rows or (0, width)):
+        square = min(TILE_ROWS, width - block.first_column)
+        squares_of_columns = view.to(torch.float64).square().sum(0)
+        trace += view.diagonal(block.start - block.first_column).double().sum()
+        frobenius_sq += squares_of_columns[:square].sum() + 2 * squares_of_columns[square:].sum()
     trace_value, frobenius_value = torch.stack((trace, frobenius_sq)).tolist()
     return trace_value, frobenius_value

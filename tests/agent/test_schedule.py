@@ -1,5 +1,7 @@
 """Which steps are sampled."""
 
+import itertools
+
 import pytest
 from eigenwatch.agent.schedule import Schedule
 from hypothesis import given
@@ -13,7 +15,7 @@ stretches = st.sampled_from([1, 2, 4, 8])
 
 def sampled(schedule: Schedule, steps: list[int], stretch: int = 1) -> list[int]:
     """The steps after the first that are sampled."""
-    return [step for before, step in zip(steps, steps[1:], strict=False) if schedule.due(before, step, stretch)]
+    return [step for before, step in itertools.pairwise(steps) if schedule.due(before, step, stretch)]
 
 
 def steps_of(first: int, strides: list[int]) -> list[int]:

@@ -38,7 +38,7 @@ def test_a_record_belongs_to_the_series_that_differs_only_by_step():
 
 def test_a_run_description_survives_json_and_the_wire():
     layers = tuple(
-        LayerDescription(layer=index, site=site, expert=expert, name=f"h.{index}", width=8, ranks=(0, 2))
+        LayerDescription(layer=index, site=site, expert=expert, name=f"h.{index}", width=8, shares=((0, 2), (5,)))
         for index, site, expert in [(0, "post", None), (1, "pre", 3)]
     )
     run = RunDescription(run_id="run", launch_id="l", world_size=3, layers=layers, tags={"norm": "pre"})
@@ -47,5 +47,5 @@ def test_a_run_description_survives_json_and_the_wire():
 
 def test_a_layer_is_observed_at_a_known_site():
     with pytest.raises(ValueError, match="site must be one of"):
-        LayerDescription(layer=0, site="middle", name="h.0", width=8, ranks=(0,))
+        LayerDescription(layer=0, site="middle", name="h.0", width=8, shares=((0,),))
     assert SITES == ("post", "pre")

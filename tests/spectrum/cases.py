@@ -1,8 +1,9 @@
 """What the tests of the mathematics share: spectra, samples, and the way from activations to a partial."""
 
 import torch
-from eigenwatch.schemas import PartialCovariance, RecordKey
-from eigenwatch.spectrum import Moments, trace_and_frobenius_sq
+from eigenwatch import spectrum
+from eigenwatch.schemas import Origin, PartialCovariance, RecordKey
+from eigenwatch.spectrum import Moments
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -45,18 +46,7 @@ def partial_of(*forwards: Tensor, rank: int = 0, key: RecordKey = KEY) -> Partia
     moments = Moments(forwards[0].shape[1])
     for x_ND in forwards:
         moments.add(x_ND)
-    trace, frobenius_sq = trace_and_frobenius_sq(moments.scatter, moments.width)
-    finite = trace == trace and abs(trace) != float("inf")
-    return PartialCovariance(
-        key=key,
-        rank=rank,
-        tokens=moments.tokens,
-        mean=moments.mean.numpy(),
-        scatter=moments.scatter.numpy() if finite else moments.scatter[:0].numpy(),
-        trace=trace,
-        frobenius_sq=frobenius_sq,
-        captured_at=1.0,
-    )
+    return spectrum.partial_of(moments, Origin(key=key, rank=rank, share=rank, captured_at=1.0))
 
 
 def two_pass_scatter(x_ND: Tensor) -> Tensor:
