@@ -62,14 +62,14 @@ def attach(
         run_id: name of the training job, `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`.
         every: sample each N-th optimizer step, 100 if nothing is said.
         schedule: in place of `every`, when to sample, and the overhead contract.
-        layers: regular expression for the paths of the down-projections, its groups `layer` and `expert` the indices; or
-            the indices of decoder layers; default: all layers of the families that are known (`register_family`).
+        layers: regular expression for the paths of the down-projections, its groups `layer` and `expert` the indices;
+            or indices of decoder layers; default: all layers of the families that are known (`register_family`).
         sites: "post" (input of the down-projection), "pre" (output of the gate or up projection), or both, which gives
             their divergence too.
         watch: in place of `every`, `schedule`, `layers` and `sites`, several selections, each with its own cadence.
         declared: places that no module shows; the model's forward gives them to `agent.observe`.
         parallelism: what the modules do not show of how the model is spread over ranks.
-        mask_argument: name of the keyword of the model's forward that carries the padding mask, (batch, time) of 0 and 1.
+        mask_argument: name of the keyword of the model's forward that is the padding mask, (batch, time) of 0 and 1.
         samples: whether activation rows may leave the training process where they are fewer bytes than their scatter.
         store: folder of the history; default `$EIGENWATCH_STORE`, else `./eigenwatch-store`. An aggregator that runs
             elsewhere has its own, and then this must not be given.
@@ -164,9 +164,8 @@ def _watches(
     sites: Sequence[str],
     watch: Sequence[Watch] | None,
 ) -> list[Watch]:
-    given = [
-        name for name, value in (("every", every), ("schedule", schedule), ("layers", layers)) if value is not None
-    ]
+    said = {"every": every, "schedule": schedule, "layers": layers}
+    given = [name for name, value in said.items() if value is not None]
     if every is not None and schedule is not None:
         raise ValueError("every and schedule exclude each other: write schedule=Schedule(every=…)")
     if watch is not None:

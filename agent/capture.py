@@ -71,7 +71,7 @@ class Capture:
     @property
     def nbytes(self) -> int:
         """Host memory held."""
-        return self._held_bytes
+        return self._held_bytes + (self._folded.scatter.nbytes if self._folded is not None else 0)
 
     def add(self, x_ND: Tensor) -> None:
         """Takes in the rows of one forward, which may change afterwards.

@@ -190,20 +190,20 @@ class Agent:
         stretch = self._cadence.stretch_at(step)
         ratio = self.overhead_ratio
         seen = [(one, one.observer.take()) for one in self._watched if one.gate.open]
-        trained = any(shown.capture is not None or shown.spoilt for _, shown in seen)
-        for one, shown in seen:
-            if shown.lost:
-                self._outbox.lost("outbox_full", shown.lost)
+        trained = any(one.capture is not None or one.spoilt for _, one in seen)
+        for one, its in seen:
+            if its.lost:
+                self._outbox.lost("outbox_full", its.lost)
             allowed = one.schedule.allows(step)
-            if shown.capture is not None and not allowed:
-                shown.capture.release()
+            if its.capture is not None and not allowed:
+                its.capture.release()
             # A rank that trained says so of every place: an expert without tokens must not be waited for.
-            if allowed and trained and not shown.spoilt:
+            if allowed and trained and not its.spoilt:
                 self._outbox.put(
                     Sample(
                         step=step,
                         place=one.place,
-                        capture=shown.capture,
+                        capture=its.capture,
                         captured_at=captured_at,
                         sampling_steps=one.schedule.sampling_steps(stretch),
                         overhead_ratio=ratio,

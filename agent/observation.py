@@ -217,7 +217,7 @@ class Observer:
 
 
 class _InputHook:
-    """Observes what goes into a module. A copy of the model, or one that was saved, carries a hook that does nothing."""
+    """Observes what goes into a module. Copies of the model, and saved ones, carry a hook that does nothing."""
 
     def __init__(self, observer_id: int) -> None:
         self.observer_id = observer_id

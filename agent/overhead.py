@@ -1,8 +1,8 @@
 """The overhead contract: what sampling costs this job, and how far the cadence must be stretched for it.
 
-Rank 0 measures and decides, since ranks of one job wait for each other in every step, so its step is everybody's. What it
-decides holds from a step that lies some seconds ahead, and goes to all ranks through the key-value store of the job's
-process group, read by each rank's outbox thread. The training thread waits for nothing.
+Rank 0 measures and decides, since ranks of one job wait for each other in every step, so its step is everybody's. What
+it decides holds from a step that lies some seconds ahead, and goes to all ranks through the key-value store of the
+job's process group, read by each rank's outbox thread. The training thread waits for nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Padding: which tokens of the forwards under way are not tokens at all, and must not count.
 
-The mask is a reference to the caller's tensor until the first place of a forward needs it; the indices it gives are kept
-for the other places, so that an accelerator is waited for once a forward.
+The mask is a reference to the caller's tensor until the first place of a forward needs it; the indices it gives are
+kept for the other places, so that an accelerator is waited for once a forward.
 """
 
 from __future__ import annotations

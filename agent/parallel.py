@@ -1,8 +1,8 @@
 """How a layer's activations are spread over ranks, as its modules show it.
 
-Data, context and sequence parallel ranks hold different tokens and need no word. Tensor-parallel ranks hold parts of the
-same tokens' features: they form one share of the record, gather the features on sampled steps, and each takes a block of
-rows of the scatter.
+Data, context and sequence parallel ranks hold different tokens and need no word. Tensor-parallel ranks hold parts of
+the same tokens' features: they form one share of the record, gather the features on sampled steps, and each takes a
+block of rows of the scatter.
 """
 
 from __future__ import annotations

@@ -47,9 +47,7 @@ class Schedule:
         if self.end is not None and (not isinstance(self.end, int) or self.end < self.start):
             raise ValueError(f"end must be None or a step not before start={self.start}, got {self.end!r}")
         if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
-            raise ValueError(
-                f"max_overhead must be None or a share of the step time in (0, 1], got {self.max_overhead}"
-            )
+            raise ValueError(f"max_overhead must be None or a share of time in (0, 1], got {self.max_overhead}")
 
     def allows(self, step: int) -> bool:
         """Whether `step` lies between start and end."""

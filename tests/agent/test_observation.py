@@ -36,12 +36,16 @@ def loss_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
 
 
+def nothing_shared() -> Shared:
+    return Shared(room=Room(1 << 30), padding=Padding(), scratch={})
+
+
 def observe(
     module: nn.Module, gate: Gate, layer: int = 0, width: int = WIDTH, shared: Shared | None = None
 ) -> Observer:
     """An observer of what goes into a module."""
     place = Place(layer=layer, site="post", name=f"layers.{layer}", width=width, share=0, block=(0, width))
-    return Observer(place, module, gate, shared or Shared(room=Room(1 << 30), padding=Padding(), scratch={}))
+    return Observer(place, module, gate, nothing_shared())
 
 
 def take(observer: Observer) -> Moments | None:
