@@ -16,7 +16,7 @@ from .corrections import (
 from .divergence import js_divergence
 from .eigenvalues import eigenvalues
 from .measure import measure
-from .merge import Group, RankMean, Sums, merge
+from .merge import Group, Share, merge
 from .moments import Moments
 from .partial import covariance_of, partial_of, partial_of_nothing, samples_of
 from .power_law import PowerLaw, power_law
@@ -36,8 +36,7 @@ __all__ = [
     "Group",
     "Moments",
     "PowerLaw",
-    "RankMean",
-    "Sums",
+    "Share",
     "covariance_of",
     "effective_dimension",
     "eigenvalues",

@@ -49,3 +49,15 @@ def test_a_layer_is_observed_at_a_known_site():
     with pytest.raises(ValueError, match="site must be one of"):
         LayerDescription(layer=0, site="middle", name="h.0", width=8, shares=((0,),))
     assert SITES == ("post", "pre")
+
+
+def test_a_layer_says_which_rows_of_which_share_each_rank_sends():
+    layer = LayerDescription(layer=0, site="post", name="h.0", width=8, shares=((4, 1), (0,)))
+    assert layer.ranks == (0, 1, 4)
+    assert [layer.block_of(rank) for rank in (4, 1, 0)] == [(1, (0, 4)), (1, (4, 8)), (0, (0, 8))]
+    assert layer.block_of(2) is None
+
+
+def test_a_rank_holds_one_share():
+    with pytest.raises(ValueError, match="one share"):
+        LayerDescription(layer=0, site="post", name="h.0", width=8, shares=((0, 1), (1, 2)))
