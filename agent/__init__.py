@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attachment import Agent, attach
     from .discovery import FoundLayer, find_layers
+    from .families import register_family
     from .outbox import OutboxLimits
 
-__all__ = ["Agent", "FoundLayer", "OutboxLimits", "attach", "find_layers"]
+__all__ = ["Agent", "FoundLayer", "OutboxLimits", "attach", "find_layers", "register_family"]
 
 _MODULES = {
     "Agent": "attachment",
@@ -20,6 +21,7 @@ _MODULES = {
     "OutboxLimits": "outbox",
     "attach": "attachment",
     "find_layers": "discovery",
+    "register_family": "families",
 }
 
 
