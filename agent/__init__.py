@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attachment import attach
     from .discovery import FoundLayer, find_layers
+    from .families import register_family
     from .handle import Agent
     from .outbox import OutboxLimits
     from .schedule import Schedule
@@ -25,6 +26,7 @@ __all__ = [
     "Watch",
     "attach",
     "find_layers",
+    "register_family",
 ]
 
 _MODULES = {
@@ -37,6 +39,7 @@ _MODULES = {
     "Watch": "topology",
     "attach": "attachment",
     "find_layers": "discovery",
+    "register_family": "families",
 }
 
 

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from eigenwatch.agent import find_layers
 from eigenwatch.cli.demo.decoder import Decoder, DecoderConfig
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
 def demo() -> nn.Module:
@@ -169,8 +174,80 @@ def test_wrappers_inside_the_path_hide_nothing():
     assert all(isinstance(one.module, nn.Linear) for one in find_layers(model))
 
 
-def test_a_sharded_projection_is_refused():
-    model = Decoder(DecoderConfig(layers=1))
-    model.layers[0].mlp.down_proj.weight = nn.Parameter(torch.zeros(64, 128))
-    with pytest.raises(ValueError, match="is sharded over ranks, which is not supported yet"):
-        find_layers(model)
+@pytest.fixture
+def two_ranks():
+    """Rank 0 of two, whose partner never has to answer."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def test_sharded_projections_are_found_with_the_width_of_the_whole_layer(two_ranks):
+    tensor_parallel = parallelize_module(
+        decoder(16), two_ranks, {"layers.0.mlp.up_proj": ColwiseParallel(), "layers.0.mlp.down_proj": RowwiseParallel()}
+    )
+    fully_sharded = decoder(16)
+    fully_shard(fully_sharded, mesh=two_ranks)
+    for model in (tensor_parallel, fully_sharded):
+        weight = model.layers[0].mlp.down_proj.weight
+        assert weight.to_local().numel() == 16 * 8 / 2
+        assert [one.width for one in find_layers(model)] == [16]
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_projections_with_empty_weights_are_found_with_the_width_of_the_whole_layer(build):
+    model = build()
+    for parameter in model.parameters():  # what ZeRO-3 leaves between uses
+        parameter.data = torch.empty(0)
+    assert [(one.site, one.width) for one in find_layers(model, sites=("post", "pre"))] == [
+        ("post", 40), ("pre", 40)
+    ] * 3  # fmt: skip
+
+
+def test_older_conv1d_modules_know_their_width_from_the_weight_alone():
+    model = gpt2()
+    for one in find_layers(model):
+        del one.module.nx
+    assert [one.width for one in find_layers(model)] == [40] * 3
+
+
+def test_indices_choose_layers_in_any_iterable():
+    model = decoder(16, 24, 32)
+    assert [one.layer for one in find_layers(model, [2, 0])] == [0, 2]
+    assert [one.width for one in find_layers(model, (k for k in (1,)))] == [24]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [([1, 7], "no layer 7, the model has 0-2"), ([-1], "from 0"), ([], "indices"), (["0"], "int"), ([True], "int")],
+)
+def test_indices_that_cannot_be_layers_are_refused(layers, words):
+    with pytest.raises(ValueError, match=words):
+        find_layers(decoder(16, 24, 32), layers)
+
+
+def test_a_stage_of_a_pipeline_may_hold_none_of_the_layers():
+    assert find_layers(nn.Linear(4, 4), required=False) == []
+    assert find_layers(nn.Linear(4, 4), r"layers\.(\d+)", required=False) == []
+    assert [one.layer for one in find_layers(decoder(16), [0, 7], required=False)] == [0]
+
+
+def test_an_expression_may_name_experts():
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(9, 4) for _ in range(2)) for _ in range(2))
+    for pattern in (r"blocks\.(\d+)\.(?P<expert>\d+)", r"blocks\.(?P<layer>\d+)\.(?P<expert>\d+)"):
+        found = find_layers(model, pattern)
+        assert [(one.layer, one.expert) for one in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("sites", [(), "pre", ("mid",)])
+def test_sites_that_do_not_exist_are_refused(sites):
+    with pytest.raises(ValueError, match="'post', 'pre' or both"):
+        find_layers(decoder(16), sites=sites)
+
+
+def test_a_layer_without_a_known_pre_site_is_refused_and_not_skipped():
+    with pytest.raises(ValueError, match=r"beside layers.0.mlp.down_proj.*register_family"):
+        find_layers(decoder(16), sites=("post", "pre"))
+    with pytest.raises(ValueError, match="register_family"):
+        find_layers(decoder(16), r"layers\.(\d+)\.mlp\.down_proj", sites=("post", "pre"))
