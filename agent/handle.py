@@ -197,8 +197,16 @@ class Agent:
             allowed = one.schedule.allows(step)
             if its.capture is not None and not allowed:
                 its.capture.release()
-            # A rank that trained says so of every place: an expert without tokens must not be waited for.
-            if allowed and trained and not its.spoilt:
+            # An expert without tokens must not be waited for. A dense layer without them was skipped by the model, or
+            # its hook is not in the code that ran: nobody shall take that for a record of no tokens.
+            unseen = its.capture is None and not its.spoilt
+            if unseen and trained and allowed and one.place.expert is None:
+                self._warn_once(
+                    f"unseen {one.place.name} {one.place.site}",
+                    f"{one.place.name} (site {one.place.site}) was not observed in sampled step {step}, other layers "
+                    "were: was it compiled before attach(), or is it given something that is no plain tensor?",
+                )
+            elif allowed and trained and not its.spoilt:
                 self._outbox.put(
                     Sample(
                         step=step,

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .capture import Capture, NoRoom, Room, Scratch
 from .padding import Padding
@@ -228,10 +229,11 @@ class _InputHook:
         self._show(arguments[0] if arguments else keywords.get("input"))
 
     def _show(self, activations: Any) -> None:
-        if type(activations) is not Tensor and hasattr(activations, "to_local"):  # a DTensor: this rank's shard
+        if isinstance(activations, DTensor):  # this rank's shard; asked by class, which the compiler understands
             activations = activations.to_local()
-        if type(activations) is Tensor:  # another subclass may know no rule for our operator
-            torch.ops.eigenwatch.observe(activations.detach(), self.pulse, self.observer_id)
+        elif type(activations) is not Tensor:  # another subclass may know no rule for our operator
+            return
+        torch.ops.eigenwatch.observe(activations.detach(), self.pulse, self.observer_id)
 
     def __reduce__(self) -> Any:
         return _NoHook, ()

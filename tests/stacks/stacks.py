@@ -299,7 +299,8 @@ def _pipeline(rank: int, stages: int, group: Any, index: int, parts: int, interl
     per_stage = len(whole.layers) // stages
     chunks = [_Stage(whole, one * per_stage, (one + 1) * per_stage) for one in mine]
     pipeline = [
-        PipelineStage(chunk, one, stages, torch.device("cpu"), group=group) for chunk, one in zip(chunks, mine, strict=True)
+        PipelineStage(chunk, one, stages, torch.device("cpu"), group=group)
+        for chunk, one in zip(chunks, mine, strict=True)
     ]
     optimizer = torch.optim.SGD([p for chunk in chunks for p in chunk.parameters()], lr=LEARNING_RATE)
     if interleaved:
