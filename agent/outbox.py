@@ -139,7 +139,7 @@ class Outbox:
                 if time.monotonic() - last_tick >= TICK_SECONDS:
                     last_tick = time.monotonic()
                     self._handover.tick(self.dropped)
-            except Exception as error:  # noqa: BLE001 - this thread must outlive any single failure
+            except BaseException as error:  # noqa: BLE001 - this thread must outlive any single failure
                 self._dropped["handover_error"] += 1
                 if self._dropped["handover_error"] == 1:
                     log.warning("a partial could not be handed over: %s: %s", type(error).__name__, error)
