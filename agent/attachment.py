@@ -28,7 +28,7 @@ from .observation import Gate, Observer
 from .outbox import Outbox, OutboxLimits, Sample
 from .ranks import Ranks, current_ranks, spans_hosts
 from .schedule import Every
-from .spool import Spool, default_root
+from .spool import Destination, Spool, spool_roots
 
 log = logging.getLogger("eigenwatch.agent")
 
@@ -103,8 +103,9 @@ def attach(
             handover = InlineHandover(run, ranks.rank, os.path.abspath(store or default_store()), metrics_port)
         else:
             bounds = limits or OutboxLimits()
-            spool = Spool.create(default_root(bounds.spool_bytes), run, ranks.rank)
-            handover = CourierHandover(spool, served.address, bounds.spool_bytes)
+            destination = Destination(served.address, served.store)
+            spool = Spool.create(spool_roots(bounds.spool_bytes), run, ranks.rank, destination)
+            handover = CourierHandover(spool, bounds.spool_bytes, embedded)
         return {}
 
     try:
