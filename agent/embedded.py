@@ -91,6 +91,8 @@ class EmbeddedAggregator:
         with self._changing:
             self._closing = True
         assert self._process.stdin is not None
+        if not self._ready:  # it died and another is starting, which holds nothing
+            self._process.kill()
         with contextlib.suppress(OSError):
             self._process.stdin.write(b"end\n")  # forked DataLoader workers may keep the pipe open
             self._process.stdin.close()

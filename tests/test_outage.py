@@ -157,7 +157,9 @@ def test_an_embedded_aggregator_that_is_killed_is_started_again_and_nothing_is_l
         "--steps", "100000", "--step-seconds", "0.3", "--close-seconds", "60",
     )  # fmt: skip
     wait_until(lambda: records(store, "serve-dies"), 90, "the first records")
+    (shard,) = pids(marker, "ray::Shard")
     kill(marker, "eigenwatch.cli serve")
+    wait_until(lambda: shard not in marked(marker), 60, "the end of the old shard")
     killed_at = step_of(out)
     wait_until(
         lambda: any(step > killed_at for _, step, _, _ in records(store, "serve-dies")), 120, "records of later steps"

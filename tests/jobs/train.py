@@ -62,9 +62,9 @@ def main() -> None:
             aggregator=options.aggregator,
             tags={"norm": "pre"},
         )
-    load = _loader(options.workers) if options.workers else (lambda: None)
     if options.forks:
         _fork(options.out)
+    load = _loader(options.workers) if options.workers else (lambda: None)
     losses = []
     for step in range(options.steps):
         started = time.monotonic()
