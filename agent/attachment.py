@@ -27,7 +27,7 @@ from .overhead import Bulletin, Cadence
 from .padding import Padding
 from .ranks import Ranks, current_ranks, spans_hosts
 from .schedule import Schedule
-from .spool import Spool, default_root
+from .spool import Destination, Spool, spool_roots
 from .topology import Declared, Parallelism, Watch, announced, describe, observed_places
 
 log = logging.getLogger("eigenwatch.agent")
@@ -122,8 +122,9 @@ def attach(
         if aggregator == "inline":
             handover = InlineHandover(run, ranks.rank, os.path.abspath(store or default_store()), metrics_port)
         else:
-            spool = Spool.create(default_root(bounds.spool_bytes), run, ranks.rank)
-            handover = CourierHandover(spool, served.address, bounds.spool_bytes)
+            destination = Destination(served.address, served.store)
+            spool = Spool.create(spool_roots(bounds.spool_bytes), run, ranks.rank, destination)
+            handover = CourierHandover(spool, bounds.spool_bytes, embedded)
         return {}
 
     bounds = limits or OutboxLimits()

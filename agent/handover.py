@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from ..schemas import Partial, RunDescription
 from ..schemas.ray_token import token_environment
+from .child_log import ChildLog
+from .embedded import EmbeddedAggregator
 from .spool import Spool
 
 log = logging.getLogger("eigenwatch.agent")
@@ -25,6 +27,8 @@ UNDELIVERED_SECONDS = 60.0
 """A partial that waits longer than this for its record is worth a warning."""
 HEALTHY_SECONDS = 60.0
 """A courier that ran this long is forgiven its earlier deaths."""
+KILL_SECONDS = 1.0
+"""A killed courier is gone sooner, unless the kernel holds it."""
 
 
 class Handover(Protocol):
@@ -43,13 +47,14 @@ class Handover(Protocol):
 
 
 class CourierHandover:
-    """Hands over through the spool, and keeps a courier running."""
+    """Hands over through the spool, and keeps a courier running, on rank 0 the embedded aggregator too."""
 
-    def __init__(self, spool: Spool, address: str, spool_bytes: int) -> None:
+    def __init__(self, spool: Spool, spool_bytes: int, embedded: EmbeddedAggregator | None = None) -> None:
         self.dropped: Counter[str] = Counter()
         self._spool = spool
-        self._address = address
         self._spool_bytes = spool_bytes
+        self._embedded = embedded
+        self._logs = [ChildLog(spool.folder / name) for name in ("courier.log", "courier.err")]
         self._sent = 0
         self._warned = False
         self._starts = 0
@@ -71,6 +76,8 @@ class CourierHandover:
 
     def tick(self, dropped: dict[str, int]) -> None:
         self._supervise()
+        for child_log in self._logs:
+            child_log.trim()
         waiting = self._spool.oldest_seconds()
         if waiting > UNDELIVERED_SECONDS and not self._warned:
             log.warning("partials wait for delivery since %.0f s; training goes on: %s", waiting, self._last_words())
@@ -94,18 +101,20 @@ class CourierHandover:
                     time.sleep(min(left, 0.1))
         if self._courier is not None:
             self._courier.kill()
-            self._courier.wait()
             assert self._courier.stdin is not None
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self._courier.stdin.close()
+                self._courier.wait(KILL_SECONDS)
         undelivered = len(self._spool.numbers())
         if undelivered == 0:
             self._spool.discard()
         else:
             log.warning(
-                "%d partials were not delivered and remain in %s; the courier's last words: %s",
+                "%d partials were not delivered and remain in %s, where the next job of this run on this host finds "
+                "them; the courier's last words: %s",
                 undelivered, self._spool.folder, self._last_words(),
             )  # fmt: skip
+        self._spool.close()
         return undelivered
 
     def _make_room(self, needed: int) -> None:
@@ -119,6 +128,8 @@ class CourierHandover:
             self.dropped["outbox_full"] += 1
 
     def _supervise(self) -> None:
+        if self._embedded is not None:
+            self._embedded.supervise()
         now = time.monotonic()
         if self._courier is not None:
             if self._courier.poll() is None:
@@ -131,20 +142,28 @@ class CourierHandover:
                 self._next_start = now + wait
         if now < self._next_start:
             return
-        folder = self._spool.folder
-        with (folder / "courier.log").open("ab") as courier_log, (folder / "courier.err").open("ab") as errors:
-            self._courier = subprocess.Popen(
-                [sys.executable, "-m", "eigenwatch.agent.courier", str(self._spool.folder), self._address],
+        self._starts += 1
+        self._started_at, self._next_start = now, 0.0
+        try:
+            self._courier = self._start_courier()
+        except OSError as error:  # no room for its log, no memory for a process
+            self._next_start = now + RESTART_SECONDS[min(self._starts, len(RESTART_SECONDS) - 1)]
+            if self._starts == 1:
+                log.warning("no courier can be started, partials wait in %s: %s", self._spool.folder, error)
+
+    def _start_courier(self) -> subprocess.Popen[bytes]:
+        with self._logs[0].open() as out, self._logs[1].open() as errors:
+            courier = subprocess.Popen(
+                [sys.executable, "-m", "eigenwatch.agent.courier", str(self._spool.folder), str(os.getpid())],
                 stdin=subprocess.PIPE,
-                stdout=courier_log,
+                stdout=out,
                 stderr=errors,
                 start_new_session=True,  # Ctrl-C reaches the rank, which closes; the courier then delivers the rest
                 env=_courier_environment(),
             )
-        assert self._courier.stdin is not None
-        os.set_blocking(self._courier.stdin.fileno(), False)
-        self._starts += 1
-        self._started_at, self._next_start = now, 0.0
+        assert courier.stdin is not None
+        os.set_blocking(courier.stdin.fileno(), False)
+        return courier
 
     def _tell(self, message: dict[str, Any]) -> None:
         if self._courier is None or self._courier.stdin is None:
@@ -154,12 +173,8 @@ class CourierHandover:
             os.write(self._courier.stdin.fileno(), json.dumps(message).encode() + b"\n")
 
     def _last_words(self) -> str:
-        for name in ("courier.log", "courier.err"):  # Ray writes much into the second
-            with contextlib.suppress(OSError):
-                lines = (self._spool.folder / name).read_text(errors="replace").strip().splitlines()
-                if lines:
-                    return lines[-1]
-        return "no message"
+        lines = self._logs[0].lines() or self._logs[1].lines()  # Ray writes much into the second
+        return lines[-1] if lines else "no message"
 
 
 class InlineHandover:

@@ -182,7 +182,7 @@ class Outbox:
                     last_tick = time.monotonic()
                     self._handover.tick(self.dropped)
                     self._tick()
-            except Exception as error:  # noqa: BLE001 - this thread must outlive any single failure
+            except BaseException as error:  # noqa: BLE001 - this thread must outlive any single failure
                 self._dropped["handover_error"] += 1
                 if self._dropped["handover_error"] == 1:
                     log.warning("a partial could not be handed over: %s: %s", type(error).__name__, error)

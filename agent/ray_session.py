@@ -5,7 +5,8 @@ values and arrays, so no code of the aggregator is needed here. Ray Client (`ray
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -27,6 +28,7 @@ class RaySession:
     """One rank's session: opened again after every failure, so each method may raise SessionError."""
 
     def __init__(self, address: str, run: RunDescription, rank: int) -> None:
+        """`address` is host:port or auto, or the path of a file that says it anew whenever it changes."""
         self._address = address
         self._run = run
         self._rank = rank
@@ -34,23 +36,34 @@ class RaySession:
         self._owners: dict[int, str] = {}
         self._actors: dict[str, Any] = {}
 
-    def open(self) -> None:
-        """Joins the cluster, announces the run, learns its attempt and who owns which layer."""
+    def connect(self) -> None:
+        """Joins the cluster, another one than before where the address has changed, and finds the coordinator."""
 
-        def opening() -> None:
+        def connecting() -> None:
+            moves = self._address.startswith("/")
+            address = Path(self._address).read_text() if moves else self._address
+            if moves and ray.is_initialized() and ray.get_runtime_context().gcs_address != address:
+                ray.shutdown()
             if not ray.is_initialized():
-                check_reachable(self._address)
+                check_reachable(address)
                 ray.init(
-                    address=self._address,
+                    address=address,
                     namespace=NAMESPACE,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     configure_logging=False,
                 )
-            coordinator = ray.get_actor(COORDINATOR, namespace=NAMESPACE)
-            opened: Any = ray.get(coordinator.open_run.remote(self._run.to_wire()), timeout=CALL_SECONDS)
-            self._attempt, self._owners = Opened(*opened)
-            self._actors = {COORDINATOR: coordinator}
+            self._actors = {COORDINATOR: ray.get_actor(COORDINATOR, namespace=NAMESPACE)}
+
+        self._calling(connecting)
+
+    def open(self) -> None:
+        """Connects, announces the run, learns its attempt and who owns which layer."""
+        self.connect()
+
+        def opening() -> None:
+            opening = self._actors[COORDINATOR].open_run.remote(self._run.to_wire())
+            self._attempt, self._owners = Opened(*ray.get(opening, timeout=CALL_SECONDS))
             for name in set(self._owners.values()):
                 self._actors[name] = ray.get_actor(name, namespace=NAMESPACE)
                 ray.get(
@@ -59,6 +72,10 @@ class RaySession:
                 )
 
         self._calling(opening)
+
+    def knows(self, layer: int) -> bool:
+        """Whether the run has this layer."""
+        return layer in self._owners
 
     def key(self, wire: WirePartial) -> RecordKey:
         """The record that a partial belongs to under this launch's attempt."""
@@ -99,21 +116,29 @@ class RaySession:
 
     def heartbeat(self, dropped: dict[str, int]) -> None:
         """Says that the rank lives, and what it has lost so far by reason."""
-        if not self._tell("heartbeat", dropped):
+        if not self._tell([("heartbeat", self._rank, dropped)])[0]:
             raise SessionError("the coordinator restarted and does not know this run")
 
-    def finish(self, clean: bool, dropped: dict[str, int]) -> None:
-        """Says that the rank sends nothing more; `clean` if it closed, False if it died."""
-        self._tell("finish", clean, dropped)
+    def finish(self, clean: bool, dropped: dict[str, int], silent: Iterable[int] = ()) -> None:
+        """Says that the rank sends nothing more; `clean` if it closed, False if it died.
+
+        `silent` are other ranks of the launch that will never say so for themselves.
+        """
+        others: list[tuple[Any, ...]] = [("finish", rank, True, {}) for rank in silent]
+        self._tell([*others, ("finish", self._rank, clean, dropped)])
 
     def close(self) -> None:
         ray.shutdown()
 
-    def _tell(self, method: str, *arguments: Any) -> Any:
-        call = getattr(self._actors[COORDINATOR], method)
-        return self._calling(
-            lambda: ray.get(call.remote(self._run.run_id, self._attempt, self._rank, *arguments), timeout=CALL_SECONDS)
-        )
+    def _tell(self, calls: list[tuple[Any, ...]]) -> list[Any]:
+        """Calls methods of the coordinator, each given with its arguments after the run and attempt."""
+
+        def telling() -> list[Any]:
+            coordinator, launch = self._actors[COORDINATOR], (self._run.run_id, self._attempt)
+            answers = [getattr(coordinator, method).remote(*launch, *arguments) for method, *arguments in calls]
+            return list(ray.get(answers, timeout=CALL_SECONDS))
+
+        return self._calling(telling)
 
     def _calling(self, call: Callable[[], _T]) -> _T:
         try:

@@ -2,20 +2,29 @@
 
 The outbox's thread writes a file per partial, the courier deletes it once its record is durable, so a partial
 survives the death of either process, and of Ray. Files are Arrow IPC, read by memory map; never pickle. The folder
-lies in shared memory where there is room, so that handing over costs one copy and no disk.
+lies in shared memory where there is room, so that handing over costs one copy and no disk; what no longer fits there
+goes to a folder of the same name in the temporary folder.
 
-    <root>/<run_id>-<launch_id>-<rank>/{run.json, 000000000000.arrow, …}
+    <root>/<run_id>-<launch_id>-<rank>/{run.json, lock, 000000000000.arrow, …}
+
+Rank and courier hold the lock while they live; whoever gets it alone may deliver what they left. It is a POSIX record
+lock, which a forked DataLoader worker does not inherit: one that outlives its rank does not keep the spool from
+being delivered. Such a lock goes when its process closes any descriptor of the file, so a process opens it once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,40 +36,136 @@ _SCHEMA = pa.schema([("header", pa.large_string()), ("mean", pa.large_binary()),
 _SHARED_MEMORY = Path("/dev/shm")
 
 
-def default_root(room_bytes: int) -> Path:
-    """A folder for spools: in shared memory if twice `room_bytes` is free there, else in the temporary folder."""
-    roomy = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
-    roomy = roomy and shutil.disk_usage(_SHARED_MEMORY).free >= 2 * room_bytes
-    return (_SHARED_MEMORY if roomy else Path(tempfile.gettempdir())) / f"eigenwatch-{os.getuid()}"
+def spool_roots(room_bytes: int) -> list[Path]:
+    """Where a rank puts its spool, and then where it goes on when that is full.
+
+    Shared memory comes first if twice `room_bytes` is free there for each rank of this host.
+    """
+    shared, temporary = all_spool_roots()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    roomy = os.access(_SHARED_MEMORY, os.W_OK) and shutil.disk_usage(_SHARED_MEMORY).free >= 2 * room_bytes * ranks
+    return [shared, temporary] if roomy else [temporary]
+
+
+def all_spool_roots() -> list[Path]:
+    """Where spools of this user may lie on this host."""
+    return [folder / f"eigenwatch-{os.getuid()}" for folder in (_SHARED_MEMORY, Path(tempfile.gettempdir()))]
+
+
+class Destination(NamedTuple):
+    """The aggregator that a spool is for."""
+
+    address: str
+    """host:port of its Ray cluster, or the path of a file that says it."""
+    store: str | None = None
+    """Of an embedded aggregator: its Ray has another address each time, its store is what stays."""
+
+
+class Label(NamedTuple):
+    """What a spool says of itself."""
+
+    run: RunDescription
+    rank: int
+    destination: Destination
+    created_at: float
+    """Unix time in seconds."""
 
 
 class Spool:
-    """One rank's folder. The training process writes, the courier reads and removes; each file has one writer."""
+    """One rank's folder, or folders. The training process writes, the courier reads and removes; each file has one
+    writer."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, *folders: Path) -> None:
+        self._folders = folders
+        """In the order in which they are filled; the first exists."""
+        self._lock: int | None = None
 
     @classmethod
-    def create(cls, root: Path, run: RunDescription, rank: int) -> Spool:
-        folder = root / f"{run.run_id}-{run.launch_id}-{rank}"
-        folder.mkdir(parents=True, mode=0o700)
-        (folder / "run.json").write_text(json.dumps({"run": run.to_wire(), "rank": rank}))
-        return cls(folder)
-
-    def run(self) -> tuple[RunDescription, int]:
-        """The run whose partials lie here, and the rank."""
-        description: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
-        return RunDescription.from_wire(description["run"]), int(description["rank"])
-
-    def write(self, number: int, partial: Partial) -> None:
-        """Stores a partial under `number`; it appears whole or not at all.
+    def create(cls, roots: Sequence[Path], run: RunDescription, rank: int, destination: Destination) -> Spool:
+        """A new spool below the first of `roots` that takes it, locked for this process; the others are for when that
+        one is full.
 
         Raises:
-            OSError: the file system refused.
+            OSError: every file system refused.
         """
+        spool = cls(*(root / f"{run.run_id}-{run.launch_id}-{rank}" for root in roots))
+        folders = [str(folder) for folder in spool._folders]
+        label = {"run": run.to_wire(), "rank": rank, "destination": destination, "created_at": time.time()}
+        try:
+            _make_folder(spool.folder, json.dumps(label | {"folders": folders}), spool._take_lock)
+        except OSError:
+            if len(roots) == 1:
+                raise
+            return cls.create(roots[1:], run, rank, destination)
+        return spool
+
+    @classmethod
+    def at(cls, folder: Path) -> Spool:
+        """The spool whose first folder is this.
+
+        Raises:
+            OSError, ValueError: there is none.
+        """
+        return cls(*map(Path, json.loads((folder / "run.json").read_text())["folders"]))
+
+    @property
+    def folder(self) -> Path:
+        """The first folder, where its logs are too."""
+        return self._folders[0]
+
+    @property
+    def roots(self) -> list[Path]:
+        """What its folders lie in."""
+        return [folder.parent for folder in self._folders]
+
+    def label(self) -> Label:
+        """Whose partials lie here, and where they belong.
+
+        Raises:
+            ValueError: nothing readable says so.
+        """
+        try:
+            said: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
+            run, destination = RunDescription.from_wire(said["run"]), Destination(*said["destination"])
+            return Label(run, int(said["rank"]), destination, float(said["created_at"]))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{self.folder}/run.json is not readable: {type(error).__name__}: {error}") from error
+
+    def lock(self, alone: bool = False) -> bool:
+        """Says that this process uses the spool until `unlock` or its end; False where others do.
+
+        Rank and courier hold it together; whoever delivers what they left holds it `alone`.
+        """
+        try:
+            self._take_lock(self.folder, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        except OSError:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def write(self, number: int, partial: Partial) -> None:
+        """Stores a partial under `number`, in the first folder that has room; it appears whole or not at all.
+
+        Raises:
+            OSError: every file system refused.
+        """
+        for folder in self._folders:
+            try:
+                if folder != self.folder and not folder.is_dir():
+                    _make_folder(folder, (self.folder / "run.json").read_text())
+                self._write(folder / f"{number:012d}.arrow", partial)
+                return
+            except OSError:
+                if folder == self._folders[-1]:
+                    raise
+
+    def _write(self, path: Path, partial: Partial) -> None:
         header, mean, payload = partial.to_wire()
         columns = [pa.array([json.dumps(header)], pa.large_string()), _one_binary(mean), _one_binary(payload)]
-        path = self._path(number)
         temporary = path.with_suffix(".tmp")
         try:
             with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
@@ -95,7 +200,7 @@ class Spool:
 
     def numbers(self) -> list[int]:
         """The stored partials, oldest first."""
-        return sorted(int(path.stem) for path in self.folder.glob("*.arrow"))
+        return sorted({int(path.stem) for folder in self._folders for path in folder.glob("*.arrow")})
 
     def size_bytes(self, number: int) -> int:
         try:
@@ -112,12 +217,92 @@ class Spool:
                 continue
         return 0.0
 
+    @property
+    def closed(self) -> bool:
+        """Whether the rank said goodbye, rather than died."""
+        return (self.folder / "closed").exists()
+
+    def close(self) -> None:
+        """The rank says goodbye, and leaves what is here to a later job."""
+        with contextlib.suppress(OSError):
+            (self.folder / "closed").touch()
+        self.unlock()
+
+    def count_take(self) -> int:
+        """How often this spool was taken over without being given back, this time included."""
+        with contextlib.suppress(OSError), (self.folder / "takes").open("ab") as takes:
+            takes.write(b".")
+            return takes.tell()
+        return 1
+
+    def forget_takes(self) -> None:
+        with contextlib.suppress(OSError):
+            (self.folder / "takes").unlink(missing_ok=True)
+
+    def idle_seconds(self) -> float:
+        """Time since the last partial, or the spool itself, was written."""
+        files = [self.folder / "run.json", *map(self._path, self.numbers()[-1:])]
+        times = []
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):
+                times.append(file.stat().st_mtime)
+        return time.time() - max(times, default=time.time())
+
     def discard(self) -> None:
-        """Removes the folder and whatever is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the folders and whatever is in them."""
+        for folder in reversed(self._folders):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"{number:012d}.arrow"
+        paths = [folder / f"{number:012d}.arrow" for folder in self._folders]
+        return next((path for path in paths if path.exists()), paths[0])
+
+    def _take_lock(self, folder: Path, kind: int = fcntl.LOCK_SH) -> None:
+        assert self._lock is None
+        path = folder / "lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(lock, kind | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock), path.stat()):
+                raise FileNotFoundError(path)  # it was discarded between opening and locking
+        except OSError:
+            os.close(lock)
+            raise
+        self._lock = lock
+
+
+def spools_in(roots: Iterable[Path]) -> list[Spool]:
+    """Every spool of this user below these roots; folders of one name are one spool."""
+    found: dict[str, list[Path]] = {}
+    for root in dict.fromkeys(roots):
+        with contextlib.suppress(OSError):
+            for folder in root.iterdir():
+                if not folder.name.startswith(".") and _is_ours(folder):
+                    found.setdefault(folder.name, []).append(folder)
+    return [Spool(*folders) for _, folders in sorted(found.items())]
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return ours and (folder / "lock").is_file()  # nothing that is not a spool is ever touched
+
+
+def _make_folder(folder: Path, label: str, lock: Callable[[Path], None] = lambda _: None) -> None:
+    """Makes a spool's folder, which appears labelled and locked or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))  # only its owner may look into it
+    try:
+        (new / "lock").touch(mode=0o600)
+        lock(new)
+        (new / "run.json").write_text(label)
+        new.rename(folder)
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
 def _one_binary(array: NDArray[Any]) -> pa.Array:

@@ -25,7 +25,9 @@ AT_ONCE_SECONDS = 0.5
 class Recorder:
     """A transport that keeps what it is given, waits where it is told to, and fails for the steps it is told to."""
 
-    def __init__(self, undelivered: int = 0, fails: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, undelivered: int = 0, fails: tuple[int, ...] = (), error: type[BaseException] = RuntimeError
+    ) -> None:
         self.dropped: Counter[str] = Counter()
         self.partials: list[PartialCovariance] = []
         self.ticks: list[dict[str, int]] = []
@@ -34,14 +36,14 @@ class Recorder:
         self.may_go_on.set()
         self.entered = threading.Event()
         self.threads: set[str] = set()
-        self.undelivered, self.fails = undelivered, fails
+        self.undelivered, self.fails, self.error = undelivered, fails, error
 
     def send(self, partial: PartialCovariance) -> None:
         self.threads.add(threading.current_thread().name)
         self.entered.set()
         self.may_go_on.wait()
         if partial.key.step in self.fails:
-            raise RuntimeError(f"step {partial.key.step} is refused")
+            raise self.error(f"step {partial.key.step} is refused")
         self.partials.append(partial)
 
     def tick(self, dropped: dict[str, int]) -> None:
@@ -262,6 +264,40 @@ def test_an_error_of_the_transport_is_counted_and_the_thread_goes_on(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "a partial could not be handed over: RuntimeError: step 1 is refused"
     ]
+
+
+@pytest.mark.parametrize("error", [MemoryError, SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_no_exception_of_any_kind_ends_the_thread(error):
+    handover = Recorder(fails=(1,), error=error)
+    box = outbox(handover)
+    for step in range(3):
+        box.put(sample(step))
+    assert box.close(10) == 1
+    assert handover.steps == [0, 2]
+    assert box.dropped == {"handover_error": 1}
+    assert len(handover.closed) == 1
+
+
+class FailingClose(Recorder):
+    def close(self, timeout_seconds: float, dropped: dict[str, int]) -> int:
+        raise MemoryError
+
+
+def test_closing_ends_even_where_the_transport_cannot_close():
+    box = outbox(FailingClose())
+    started = time.monotonic()
+    assert box.close(5) > 0
+    assert time.monotonic() - started < 5
+
+
+def test_closing_is_bounded_while_the_hand_over_hangs(blocked):
+    box = outbox(blocked)
+    for step in range(3):
+        box.put(sample(step))
+    assert blocked.entered.wait(10)
+    started = time.monotonic()
+    assert box.close(0.2) == 3
+    assert time.monotonic() - started < 3
 
 
 class FailingTicks(Recorder):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from eigenwatch.agent.spool import Spool, default_root
+from eigenwatch.agent.spool import Destination, Spool, spool_roots, spools_in
 from eigenwatch.schemas import (
     LayerDescription,
     PartialCovariance,
@@ -30,6 +31,7 @@ from hypothesis import strategies as st
 WIDTH = 300
 LAYER = LayerDescription(layer=0, site="post", name="h.0", width=WIDTH, shares=((0,), (1,)))
 RUN = RunDescription(run_id="run", launch_id="launch", world_size=2, layers=(LAYER,), tags={"norm": "pre"})
+HERE = Destination("10.0.0.1:6379")
 
 
 def partial(step: int = 0, width: int = WIDTH, finite: bool = True) -> PartialCovariance:
@@ -50,7 +52,7 @@ def partial(step: int = 0, width: int = WIDTH, finite: bool = True) -> PartialCo
 
 @pytest.fixture
 def spool(tmp_path):
-    return Spool.create(tmp_path, RUN, 1)
+    return Spool.create([tmp_path], RUN, 1, HERE)
 
 
 def file_of(spool: Spool, number: int):
@@ -121,8 +123,16 @@ def test_a_size_is_that_of_the_arrays_and_little_more(spool):
     assert spool.size_bytes(1) == 0
 
 
-def test_the_courier_finds_the_run_and_the_rank(spool):
-    assert Spool(spool.folder).run() == (RUN, 1)
+def test_the_courier_finds_the_run_the_rank_and_the_aggregator(spool):
+    label = Spool.at(spool.folder).label()
+    assert (label.run, label.rank, label.destination) == (RUN, 1, HERE)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"run": 3, "rank": 1, "destination": ["a"], "created_at": 1}'])
+def test_a_label_that_says_nothing_is_told_as_such(spool, content):
+    (spool.folder / "run.json").write_text(content)
+    with pytest.raises(ValueError, match="is not readable"):
+        spool.label()
 
 
 def test_only_its_owner_may_look_into_a_spool(spool):
@@ -185,11 +195,103 @@ def test_nothing_is_left_of_a_spool_that_is_discarded(spool):
     assert not spool.folder.exists()
 
 
-def test_a_spool_lies_in_shared_memory_where_there_is_room():
-    small, huge = default_root(1), default_root(1 << 62)
-    assert small.name == huge.name == f"eigenwatch-{os.getuid()}"
-    assert small.parent == (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir()))
-    assert huge.parent == Path(tempfile.gettempdir())
+def test_a_spool_lies_in_shared_memory_where_there_is_room_for_every_rank_of_the_host(monkeypatch):
+    mine, temporary = f"eigenwatch-{os.getuid()}", Path(tempfile.gettempdir())
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("this host has no shared memory to write to")
+    both = [Path("/dev/shm") / mine, temporary / mine]
+    room = shutil.disk_usage("/dev/shm").free // 3
+    assert spool_roots(room) == both
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert spool_roots(room // 2) == both
+    assert spool_roots(room) == [temporary / mine]
+
+
+# Processes that use a spool as a rank, as a courier and as a later job's courier do.
+OTHER_PROCESS = """
+import sys
+from pathlib import Path
+from eigenwatch.agent.spool import Spool
+print(Spool(Path(sys.argv[1])).lock(alone=sys.argv[2] == "alone"))
+"""
+
+
+def locks_elsewhere(spool: Spool, how: str) -> bool:
+    command = [sys.executable, "-c", OTHER_PROCESS, str(spool.folder), how]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout == "True\n"
+
+
+def test_a_spool_is_taken_over_only_when_nobody_uses_it_whatever_the_rank_has_forked(spool):
+    assert locks_elsewhere(spool, "together")
+    assert not locks_elsewhere(spool, "alone")
+    reader, writer = os.pipe()
+    worker = os.fork()  # as a DataLoader does
+    if worker == 0:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    try:
+        spool.unlock()  # as the kernel does when the rank dies
+        assert locks_elsewhere(spool, "alone")
+        assert spool.lock()
+    finally:
+        os.close(writer)
+        os.waitpid(worker, 0)
+
+
+def test_a_spool_that_was_discarded_cannot_be_locked(spool):
+    spool.discard()
+    assert not Spool(spool.folder).lock(alone=True)
+
+
+def test_other_folders_are_not_taken_for_spools(spool, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text("{}")
+    (tmp_path / "file").touch()
+    assert [one.folder for one in spools_in([tmp_path, tmp_path, tmp_path / "gone"])] == [spool.folder]
+
+
+def test_where_the_first_folder_cannot_be_made_the_second_is_used(tmp_path):
+    (tmp_path / "file").touch()
+    spool = Spool.create([tmp_path / "file", tmp_path / "b"], RUN, 1, HERE)
+    assert spool.folder.parent == tmp_path / "b"
+    with pytest.raises(OSError, match="File exists"):
+        Spool.create([tmp_path / "file"], RUN, 1, HERE)
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of 2 MiB, to be filled; what is in it vanishes with it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this user may not mount a tmpfs, so no disk can be filled")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_what_no_longer_fits_goes_to_the_second_folder_and_is_one_spool_with_the_first(full_disk, tmp_path):
+    spool = Spool.create([full_disk, tmp_path / "b"], RUN, 1, HERE)
+    large = partial(width=700)  # 1 MiB
+    for number in range(4):
+        spool.write(number, large)
+    assert len(list(spool.folder.glob("*.arrow"))) == 1
+    assert not list(spool.folder.glob("*.tmp"))
+    found = spools_in([full_disk, tmp_path / "b"])
+    for same in (Spool.at(spool.folder), *found):
+        assert same.numbers() == [0, 1, 2, 3]
+        assert_same(PartialCovariance.from_wire(same.read(3)), large)
+    found[0].remove(3)
+    assert spool.numbers() == [0, 1, 2]
+    spool.remove(0)
+    spool.write(4, large)
+    assert [file.name for file in spool.folder.glob("*.arrow")] == ["000000000004.arrow"]
+    alone = spools_in([tmp_path / "b"])[0]  # as after a restart of the host
+    assert alone.label().run == RUN
+    assert alone.numbers() == [1, 2]
+    assert alone.lock(alone=True)
+    spool.discard()
+    assert spools_in([full_disk, tmp_path / "b"]) == []
 
 
 def readable(spool: Spool, content: bytes) -> bool:

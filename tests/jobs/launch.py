@@ -10,9 +10,9 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def start_job(out: Path, environment: dict[str, str], *options: str, ranks: int = 2) -> "subprocess.Popen[bytes]":
-    """`tests.jobs.train` under torchrun, in a session of its own."""
+    """`tests.jobs.train` under torchrun, or alone where there is one rank only; in a session of its own."""
     out.mkdir(exist_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "tests.jobs.train", "--out", str(out), *options],
         env=environment,

@@ -1,4 +1,4 @@
-"""Runs stacks one after the other under torchrun, each with eigenwatch and once more without: `python -m … OUT ADDRESS`.
+"""Runs stacks one after another under torchrun, each with eigenwatch and once more without: `python -m … OUT ADDRESS`.
 
 Writes the losses of both as exact bits, and what was not delivered.
 """

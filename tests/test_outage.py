@@ -1,0 +1,204 @@
+"""Outages, by doing: a job of two ranks trains through them, and then the store has every sampled step once."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from eigenwatch.history import open_history
+
+from tests.conftest import Served, start_serve
+from tests.jobs.launch import start_job, step_of
+from tests.processes import end_all, marked, marked_environment, wait_until
+
+LAYERS = 3
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def records(store: Path, run_id: str, view: str = "records") -> list[tuple[int, int, int, bool]]:
+    with contextlib.suppress(Exception), open_history(store) as history:  # there may be no store yet
+        rows = history.query(
+            f"SELECT attempt, step, layer, complete FROM {view} WHERE run_id = ? ORDER BY ALL", [run_id]
+        ).to_pylist()
+        return [(row["attempt"], row["step"], row["layer"], row["complete"]) for row in rows]
+    return []
+
+
+def sampled(attempt: int, last: int, every: int) -> list[tuple[int, int, int, bool]]:
+    return [(attempt, step, layer, True) for step in range(0, last + 1, every) for layer in range(LAYERS)]
+
+
+def pids(marker: str, words: str) -> list[int]:
+    return [pid for pid, command in marked(marker).items() if words in command]
+
+
+def kill(marker: str, words: str) -> None:
+    for pid in pids(marker, words):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class Cluster:
+    """A Ray on an address that stays, with an aggregator on it; it comes and goes."""
+
+    def __init__(self, store: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        self.store = store
+        self.marker, self._environment = marked_environment()
+        self._folder = tempfile.mkdtemp(prefix="ew-ray-")  # pytest's own are too long for the names of Ray's sockets
+        self.served: Served | None = None
+
+    def start(self) -> None:
+        head = [*RAY, "start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(self.port), "--num-cpus", "2"]
+        small = ["--include-dashboard", "false", "--object-store-memory", str(256 << 20), "--temp-dir", self._folder]
+        subprocess.run([*head, *small], env=self._environment, capture_output=True, check=True, timeout=120)
+        self.served = start_serve(self.store, "--address", self.address)
+
+    def shard(self) -> int:
+        (pid,) = wait_until(lambda: pids(self.marker, "ray::Shard"), 30, "the shard")
+        return pid
+
+    def kill(self) -> None:
+        """serve, raylet, GCS and every actor at once."""
+        end_all(self.marker)
+        if self.served is not None:
+            end_all(self.served.marker)
+            self.served.process.wait(30)
+
+    def close(self) -> None:
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    cluster = Cluster(tmp_path / "store")
+    yield cluster
+    cluster.close()
+
+
+def test_a_job_trains_through_every_outage_and_delivers_what_the_job_before_it_left(cluster, job_environment, tmp_path):
+    """Absent at the start, there later, slow, its shard killed, gone with its Ray, back."""
+    marker, every = job_environment["EIGENWATCH_TEST_MARKER"], 3
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_id = f"outages-{cluster.port}"  # what an earlier test session left under the same name would be delivered too
+    options = ("--run-id", run_id, "--aggregator", cluster.address, "--every", str(every), "--until-go")
+    steps = ("--steps", "100000", "--step-seconds", "0.3", "--close-seconds", "60")
+
+    # Nobody is there, and everything dies: ranks and couriers.
+    job = start_job(first, job_environment, *options, *steps)
+    wait_until(lambda: step_of(first, 0) >= 4 and step_of(first, 1) >= 4, 90, "step 4")
+    end_all(marker)
+    job.wait(30)
+
+    # Its second attempt starts without an aggregator too.
+    job = start_job(second, job_environment, *options, *steps)
+
+    def goes_on(steps: int) -> None:
+        reached = step_of(second) + steps
+        wait_until(lambda: min(step_of(second, 0), step_of(second, 1)) >= reached, 60, f"{steps} more steps")
+
+    goes_on(4)
+    cluster.start()
+
+    def stored(attempt: int, step: int) -> bool:
+        return set(sampled(attempt, step, every)) <= set(records(cluster.store, run_id, "records_raw"))
+
+    wait_until(lambda: stored(0, 3) and stored(1, 3), 60, "what waited, of both attempts")
+
+    shard = cluster.shard()
+    os.kill(shard, signal.SIGSTOP)
+    goes_on(6)
+    os.kill(shard, signal.SIGCONT)
+    slow = step_of(second) // every * every
+    wait_until(lambda: stored(1, slow), 60, "the steps of the slow time")
+
+    os.kill(shard, signal.SIGKILL)
+    goes_on(3)
+    cluster.kill()
+    goes_on(6)
+    cluster.start()
+    (second / "go").touch()
+    assert job.wait(120) == 0, (second / "stderr").read_text()
+
+    closed = [json.loads((second / f"closed-{rank}.json").read_text()) for rank in range(2)]
+    assert [one["undelivered"] for one in closed] == [0, 0]
+    assert all(one["seconds"] < 65 for one in closed)
+    complete = [one for one in records(cluster.store, run_id, "records_raw") if one[3] and one[0] == 1]
+    assert complete == sampled(1, step_of(second), every)
+    before = [one for one in records(cluster.store, run_id, "records_raw") if one[0] == 0]
+    assert sampled(0, 3, every) == [one for one in before if one[1] <= 3]
+    with open_history(cluster.store) as history:
+        runs = history.query("SELECT attempt, status FROM runs ORDER BY attempt").to_pylist()
+    assert runs == [{"attempt": 0, "status": "lost"}, {"attempt": 1, "status": "finished"}]
+    assert spools(run_id) == []
+
+
+def spools(run_id: str) -> list[Path]:
+    roots = [Path("/dev/shm"), Path(tempfile.gettempdir())]
+    return [one for root in roots for one in root.glob(f"eigenwatch-{os.getuid()}/{run_id}-*")]
+
+
+def test_an_embedded_aggregator_that_is_killed_is_started_again_and_nothing_is_lost(job_environment, tmp_path):
+    marker, out, store = job_environment["EIGENWATCH_TEST_MARKER"], tmp_path / "job", tmp_path / "store"
+    job = start_job(
+        out, job_environment, "--run-id", "serve-dies", "--store", str(store), "--every", "3", "--until-go",
+        "--steps", "100000", "--step-seconds", "0.3", "--close-seconds", "60",
+    )  # fmt: skip
+    wait_until(lambda: records(store, "serve-dies"), 90, "the first records")
+    (shard,) = pids(marker, "ray::Shard")
+    kill(marker, "eigenwatch.cli serve")
+    wait_until(lambda: shard not in marked(marker), 60, "the end of the old shard")
+    killed_at = step_of(out)
+    wait_until(
+        lambda: any(step > killed_at for _, step, _, _ in records(store, "serve-dies")), 120, "records of later steps"
+    )
+    (out / "go").touch()
+    assert job.wait(120) == 0, (out / "stderr").read_text()
+    assert [json.loads((out / f"closed-{rank}.json").read_text())["undelivered"] for rank in range(2)] == [0, 0]
+    assert records(store, "serve-dies") == sampled(0, step_of(out), 3)
+    assert re.search(r"the embedded aggregator ended, see \S+; starting another in 0 s", (out / "stderr").read_text())
+    wait_until(lambda: not marked(marker), 30, "the end of every process")
+
+
+def test_forked_children_close_nothing_and_do_not_hide_the_death_of_their_rank(served, job_environment, tmp_path):
+    marker, out = job_environment["EIGENWATCH_TEST_MARKER"], tmp_path / "job"
+    job = start_job(
+        out, job_environment, "--run-id", "forks", "--aggregator", served.address, "--every", "2",
+        "--steps", "1000", "--step-seconds", "0.1", "--workers", "2", "--forks", ranks=1,
+    )  # fmt: skip
+    wait_until(lambda: step_of(out) >= 7, 90, "step 7")
+    job.kill()
+    job.wait(30)
+    stays = int((out / "forked").read_text())
+    # The forked child holds the courier's pipe, yet the courier delivers, and ends.
+    wait_until(lambda: not pids(marker, "eigenwatch.agent.courier"), 60, "the end of the courier")
+    assert stays in marked(marker)
+    assert set(sampled(0, 7, 2)) <= set(records(served.store, "forks"))
+    with open_history(served.store) as history:
+        assert history.query("SELECT status FROM runs WHERE run_id = 'forks'").to_pylist() == [{"status": "lost"}]
+    assert spools("forks") == []
+
+
+def test_a_job_with_forked_loaders_closes_as_any_other(served, job_environment, tmp_path):
+    out = tmp_path / "job"
+    job = start_job(
+        out, job_environment, "--run-id", "loaders", "--aggregator", served.address, "--every", "2",
+        "--steps", "6", "--workers", "2", "--forks", ranks=1,
+    )  # fmt: skip
+    assert job.wait(90) == 0, (out / "stderr").read_text()
+    closed = json.loads((out / "closed-0.json").read_text())
+    assert closed["undelivered"] == 0
+    assert closed["seconds"] < 20
+    assert records(served.store, "loaders") == sampled(0, 5, 2)
