@@ -8,16 +8,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attachment import Agent, attach
+    from .attachment import attach
     from .discovery import FoundLayer, find_layers
+    from .handle import Agent
     from .outbox import OutboxLimits
+    from .schedule import Schedule
+    from .topology import Declared, Parallelism, Watch
 
-__all__ = ["Agent", "FoundLayer", "OutboxLimits", "attach", "find_layers"]
+__all__ = [
+    "Agent",
+    "Declared",
+    "FoundLayer",
+    "OutboxLimits",
+    "Parallelism",
+    "Schedule",
+    "Watch",
+    "attach",
+    "find_layers",
+]
 
 _MODULES = {
-    "Agent": "attachment",
+    "Agent": "handle",
+    "Declared": "topology",
     "FoundLayer": "discovery",
     "OutboxLimits": "outbox",
+    "Parallelism": "topology",
+    "Schedule": "schedule",
+    "Watch": "topology",
     "attach": "attachment",
     "find_layers": "discovery",
 }

@@ -13,7 +13,7 @@ from collections import Counter
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-from ..schemas import PartialCovariance, RunDescription
+from ..schemas import Partial, RunDescription
 from ..schemas.ray_token import token_environment
 from .spool import Spool
 
@@ -33,7 +33,7 @@ class Handover(Protocol):
     dropped: Counter[str]
     """Partials lost here, by reason."""
 
-    def send(self, partial: PartialCovariance) -> None: ...
+    def send(self, partial: Partial) -> None: ...
 
     def tick(self, dropped: dict[str, int]) -> None:
         """Called about every second, with all that this rank has lost so far."""
@@ -57,7 +57,7 @@ class CourierHandover:
         self._courier: subprocess.Popen[bytes] | None = None
         self._supervise()
 
-    def send(self, partial: PartialCovariance) -> None:
+    def send(self, partial: Partial) -> None:
         self._make_room(partial.nbytes)
         try:
             self._spool.write(self._sent, partial)
@@ -173,7 +173,7 @@ class InlineHandover:
         self._run, self._rank = run, rank
         self._attempt: int = self.aggregator.open(run)
 
-    def send(self, partial: PartialCovariance) -> None:
+    def send(self, partial: Partial) -> None:
         header, mean, scatter = partial.to_wire()
         reply = self.aggregator.push(header | {"attempt": self._attempt}, mean, scatter)
         if reply.status not in ("merged", "duplicate", "durable"):

@@ -1,4 +1,4 @@
-"""Observing a layer: a forward pre-hook whose body is one opaque operator call.
+"""Observing a place of the model: a forward hook whose body is one opaque operator call.
 
 The hook must survive `torch.compile(fullgraph=True)`, so nothing in it may depend on Python state: the operator is
 opaque to the compiler, runs at every forward, and reads the gate inside. Its only declared mutation is a
@@ -7,27 +7,38 @@ would make the compiler copy it. Recompute under activation checkpointing runs i
 how it is told from a forward; `is_grad_enabled` would also be false in a reentrant checkpoint's first forward.
 """
 
+from __future__ import annotations
+
 import logging
+import sys
+import time
 import weakref
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..spectrum import Moments
+from .capture import Capture, NoRoom, Room, Scratch
+from .padding import Padding
+from .parallel import WidthGather
 
 log = logging.getLogger("eigenwatch.agent")
 
 MAX_ERRORS = 3
-"""Errors after which a layer's observation is switched off."""
+"""Steps with an error after which a place is no longer observed."""
 
-_observers: "weakref.WeakValueDictionary[int, Observer]" = weakref.WeakValueDictionary()
+_seeing: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""What the operator hands tensors to, by id: anything with `see`."""
+
+# A captured CUDA graph would replay the operator's kernels without its gate.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 
 
-@torch.library.custom_op("eigenwatch::observe", mutates_args=("pulse",))
+@torch.library.custom_op("eigenwatch::observe", mutates_args=("pulse",), tags=_TAGS)
 def _observe(activations: Tensor, pulse: Tensor, observer_id: int) -> None:
-    observer = _observers.get(observer_id)
+    observer = _seeing.get(observer_id)
     if observer is not None:
         observer.see(activations)
 
@@ -46,60 +57,167 @@ class Gate:
         self.open = True
 
 
-class Observer:
-    """What one layer showed in the step under way. Lives on the training thread."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """What is observed: the place of a record, and this rank's part of it."""
 
-    def __init__(self, layer: int, site: str, name: str, width: int, module: nn.Module, gate: Gate) -> None:
-        self.layer, self.site, self.name, self.width = layer, site, name, width
+    layer: int
+    site: str
+    expert: int | None = None
+    name: str
+    """Module path, for messages."""
+    width: int
+    """D of the whole layer."""
+    share: int
+    """The lowest of the ranks that hold the same tokens' features: this one, or its tensor-parallel group's first."""
+    block: tuple[int, int]
+    """Rows of the scatter that this rank forms: all of them, or its block within a tensor-parallel group."""
+    columns: tuple[int, int] | None = None
+    """Features of the module's output that are the activations; None: all."""
+    gather: WidthGather | None = None
+    """Brings the features of a tensor-parallel group together; all ranks of the group call it, or none."""
+
+    @property
+    def key(self) -> tuple[int, str, int | None]:
+        return self.layer, self.site, self.expert
+
+
+class Seen(NamedTuple):
+    """What a place showed in one step."""
+
+    capture: Capture | None
+    """None where no token came."""
+    spoilt: bool
+    """Tokens came that could not be taken in, so that whatever else did is not the whole."""
+    lost: int
+    """Samples that host memory had no room for."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Shared:
+    """What all observers of an agent have in common."""
+
+    room: Room
+    padding: Padding
+    scratch: dict[torch.device, Scratch]
+    """By accelerator; built at the first forward there."""
+    seconds: float = 0.0
+    """Time that the training thread has spent in `see` since it was last set to 0."""
+
+
+class Observer:
+    """What one place showed in the step under way. Lives on the training thread."""
+
+    def __init__(self, place: Place, module: nn.Module, gate: Gate, shared: Shared, hooked: bool = True) -> None:
+        self.place, self.hooked = place, hooked
         self._module = weakref.ref(module)
-        self._gate = gate
-        self._moments: Moments | None = None
+        self._gate, self._shared = gate, shared
+        self._capture: Capture | None = None
+        self._muted = self._spoilt = False
+        self._lost = 0
         self.errors: Counter[str] = Counter()
-        _observers[id(self)] = self
-        self._handle = module.register_forward_pre_hook(_Hook(id(self)), with_kwargs=True)
+        self.pulse = torch.zeros(1)
+        _seeing[id(self)] = self
+        self._handle: Any = None
+        if hooked:
+            hook = (_InputHook if place.site == "post" else _OutputHook)(id(self))
+            register = module.register_forward_pre_hook if place.site == "post" else module.register_forward_hook
+            self._handle = register(hook, with_kwargs=True)
 
     def see(self, activations: Tensor) -> None:
-        """Adds one forward's activations (..., D); called by the operator at every forward of the layer.
+        """Adds one forward's activations (..., D); called by the operator at every forward of the place.
 
-        Never raises: an error is counted, and after `MAX_ERRORS` the layer is no longer observed.
+        Never raises: an error is counted, and after `MAX_ERRORS` the place is no longer observed.
         """
         module = self._module()
         if not self._gate.open or module is None or not module.training:
             return
         if torch._C._current_graph_task_id() >= 0 or torch.is_inference_mode_enabled():  # a recompute; no training
             return
+        if _infers_pipeline_metadata():
+            return
+        started = time.perf_counter()
         try:
-            if activations.shape[-1] != self.width:
-                raise ValueError(f"input has width {activations.shape[-1]}, expected {self.width}")
-            if self._moments is None:
-                self._moments = Moments(self.width, device=activations.device)
             # The operator runs under the caller's autocast, which would lower the product's precision.
             with torch.no_grad(), torch.autocast(activations.device.type, enabled=False):
-                self._moments.add(activations.reshape(-1, self.width))
+                self._take_in(activations)
+        except NoRoom:
+            self._spoil()
+            self._lost += 1
         except Exception as error:  # noqa: BLE001 - the training process never sees an error of ours
             self._failed(error)
+        self._shared.seconds += time.perf_counter() - started
 
-    def take(self) -> Moments | None:
-        """What was seen since the last call, or None where nothing was."""
-        moments, self._moments = self._moments, None
-        return moments if moments is not None and moments.tokens > 0 else None
+    def call(self, activations: Tensor) -> None:
+        """What a hook does, for `agent.observe`."""
+        torch.ops.eigenwatch.observe(activations.detach(), self.pulse, id(self))
+
+    def take(self) -> Seen:
+        """What was seen since the last call."""
+        capture, lost, spoilt = self._capture, self._lost, self._spoilt or self._muted
+        self._capture, self._lost, self._spoilt = None, 0, False
+        if capture is not None and (spoilt or capture.tokens == 0):
+            capture.release()
+            capture = None
+        return Seen(capture, spoilt, lost)
 
     def close(self) -> None:
-        self._handle.remove()
-        _observers.pop(id(self), None)
+        if self._handle is not None:
+            self._handle.remove()
+        _seeing.pop(id(self), None)
+        self.take()
+
+    def _take_in(self, activations: Tensor) -> None:
+        place = self.place
+        if place.columns is not None:
+            activations = activations[..., slice(*place.columns)]
+        # First of all, and whatever went wrong before: the other ranks of the group are waiting in it.
+        if place.gather is not None and activations.shape[-1] != place.width:
+            activations = place.gather(activations)
+        if self._muted or self._spoilt:
+            return
+        if activations.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError("its forward is being captured into a CUDA graph, whose replays cannot be observed")
+        if activations.shape[-1] != place.width:
+            raise ValueError(f"input has width {activations.shape[-1]}, expected {place.width}")
+        # The rows of an expert are gathered from all over the batch; which are padding is not known here.
+        rows_ND = activations.reshape(-1, place.width)
+        if place.expert is None:
+            rows_ND = self._shared.padding.without(rows_ND, activations.shape[:-1])
+        if self._capture is None:
+            self._capture = Capture(place.width, place.block, self._shared.room, self._scratch_of(activations.device))
+        if rows_ND.shape[0] > 0:
+            self._capture.add(rows_ND)
+
+    def _scratch_of(self, device: torch.device) -> Scratch | None:
+        if device.type == "cpu":
+            return None
+        if device not in self._shared.scratch:
+            self._shared.scratch[device] = Scratch(device)
+        return self._shared.scratch[device]
+
+    def _spoil(self) -> None:
+        """The step is not whole any more: what it showed so far goes, and what still comes is not taken in."""
+        self._spoilt = True
+        if self._capture is not None:
+            self._capture.release()
+            self._capture = None
 
     def _failed(self, error: Exception) -> None:
-        self._moments = None
+        self._spoil()
         self.errors[type(error).__name__] += 1
+        what = f"layer {self.place.layer} ({self.place.name})"
         if self.errors.total() == 1:
-            log.warning("layer %d (%s) was not observed: %s", self.layer, self.name, error)
-        if self.errors.total() >= MAX_ERRORS:
-            log.warning("layer %d (%s) is no longer observed after %d errors", self.layer, self.name, MAX_ERRORS)
-            self.close()
+            log.warning("%s was not observed: %s", what, error)
+        if self.errors.total() >= MAX_ERRORS and not self._muted:
+            log.warning("%s is no longer observed after %d errors", what, MAX_ERRORS)
+            self._muted = True
+            if self.place.gather is None:
+                self.close()
 
 
-class _Hook:
-    """The pre-hook of one layer. A copy of the model, or one that was saved, carries a hook that observes nothing."""
+class _InputHook:
+    """Observes what goes into a module. Copies of the model, and saved ones, carry a hook that does nothing."""
 
     def __init__(self, observer_id: int) -> None:
         self.observer_id = observer_id
@@ -107,14 +225,77 @@ class _Hook:
         self.pulse = torch.zeros(1)
 
     def __call__(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
-        activations = arguments[0] if arguments else keywords.get("input")
-        if type(activations) is Tensor:  # a subclass, such as a DTensor, may know no rule for our operator
+        self._show(arguments[0] if arguments else keywords.get("input"))
+
+    def _show(self, activations: Any) -> None:
+        if type(activations) is not Tensor and hasattr(activations, "to_local"):  # a DTensor: this rank's shard
+            activations = activations.to_local()
+        if type(activations) is Tensor:  # another subclass may know no rule for our operator
             torch.ops.eigenwatch.observe(activations.detach(), self.pulse, self.observer_id)
 
     def __reduce__(self) -> Any:
         return _NoHook, ()
 
 
+class _OutputHook(_InputHook):
+    """Observes what comes out of a module; of a tuple (Megatron's linears also give their bias), the first."""
+
+    def __call__(self, module: nn.Module, arguments: Any, keywords: Any, output: Any = None) -> None:  # type: ignore[override]
+        self._show(output[0] if isinstance(output, tuple) else output)
+
+
 class _NoHook:
-    def __call__(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+    def __call__(self, *whatever: Any) -> None:
         return None
+
+
+class _MaskSeer:
+    """Receives the mask that the model's forward was called with."""
+
+    def __init__(self, padding: Padding) -> None:
+        self._padding = padding
+
+    def see(self, mask: Tensor) -> None:
+        self._padding.set(mask if mask.numel() > 0 else None)
+
+
+class _MaskHook:
+    """A pre-hook of the whole model; like the others it must pass through the compiler."""
+
+    def __init__(self, seer: _MaskSeer, argument: str) -> None:
+        self._seer, self._argument = seer, argument  # the registry alone would let it go
+        self._seer_id = id(seer)
+        self.pulse = torch.zeros(1)
+        self.none = torch.zeros(0)
+
+    def __call__(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        mask = keywords.get(self._argument)
+        torch.ops.eigenwatch.observe(self.none if mask is None else mask, self.pulse, self._seer_id)
+
+    def __reduce__(self) -> Any:
+        return _NoHook, ()
+
+
+def observe_mask(model: nn.Module, argument: str, padding: Padding) -> Any:
+    """Hands the keyword `argument` of every forward of `model` to `padding`; the handle removes the hook."""
+    seer = _MaskSeer(padding)
+    _seeing[id(seer)] = seer
+    return model.register_forward_pre_hook(_MaskHook(seer, argument), with_kwargs=True)
+
+
+def _infers_pipeline_metadata() -> bool:
+    """Whether this forward is torch's pipeline stage finding out shapes, on memory that was never written.
+
+    Nothing but the caller's name tells that run from a real one (torch 2.13, `_PipelineStageBase`).
+    """
+    if "torch.distributed.pipelining.stage" not in sys.modules:
+        return False
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in _METADATA_RUNS and frame.f_code.co_filename.endswith("pipelining/stage.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_METADATA_RUNS = frozenset({"_forward_metadata_inference", "_backward_metadata_inference", "_shape_inference"})

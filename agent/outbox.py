@@ -7,21 +7,27 @@ counted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
+import torch
 
-from ..schemas import PartialCovariance, RecordKey
-from ..spectrum import Moments, trace_and_frobenius_sq
+from ..schemas import Origin, Partial, RecordKey, packed_length
+from ..spectrum import partial_of, partial_of_nothing, samples_of
+from .capture import Capture
 from .handover import Handover
+from .observation import Place
 
 log = logging.getLogger("eigenwatch.agent")
 
 TICK_SECONDS = 1.0
+NICENESS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,42 +47,66 @@ class OutboxLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What one layer showed in one sampled step of this rank."""
+    """What one place showed in one sampled step of this rank."""
 
     step: int
-    layer: int
-    site: str
-    moments: Moments
+    place: Place
+    capture: Capture | None
+    """None: the rank trained and no token came here."""
     captured_at: float
     """Unix time in seconds."""
+    sampling_steps: int
+    overhead_ratio: float | None
 
     @property
     def nbytes(self) -> int:
-        return self.moments.scatter.nbytes + self.moments.mean.nbytes
+        return 0 if self.capture is None else self.capture.nbytes
 
-    def to_partial(self, run_id: str, rank: int) -> PartialCovariance:
-        """The partial, on the CPU. Its attempt is stamped on delivery, by whoever knows it."""
-        scatter = self.moments.scatter.cpu()
-        trace, frobenius_sq = trace_and_frobenius_sq(scatter, self.moments.width)
-        finite = bool(np.isfinite(trace) and np.isfinite(frobenius_sq))
-        return PartialCovariance(
-            key=RecordKey(run_id, 0, self.step, self.layer, self.site, None),
+    def release(self) -> None:
+        """Gives back the memory; the sample is done with."""
+        if self.capture is not None:
+            self.capture.release()
+
+    def to_partial(self, run_id: str, rank: int, rows_allowed: bool) -> Partial:
+        """The partial, in the form that takes fewer bytes. Its attempt is stamped on delivery, by whoever knows it.
+
+        The cost model: activation rows are N·D numbers in the training's dtype, a scatter about D²/2 in float32. Where
+        the rows are fewer bytes, forming the scatter would cost this host time and the network bytes.
+        """
+        place = self.place
+        key = RecordKey(run_id, 0, self.step, place.layer, place.site, place.expert)
+        origin = Origin(
+            key=key,
             rank=rank,
-            tokens=self.moments.tokens,
-            mean=self.moments.mean.cpu().numpy(),
-            scatter=scatter.numpy() if finite else np.empty(0, dtype=np.float32),
-            trace=trace if finite else float("nan"),
-            frobenius_sq=frobenius_sq if finite else float("nan"),
+            share=place.share,
             captured_at=self.captured_at,
+            sampling_steps=self.sampling_steps,
+            overhead_ratio=self.overhead_ratio,
         )
+        if self.capture is None:
+            return partial_of_nothing(place.width, place.block, origin)
+        if rows_allowed and place.block == (0, place.width):
+            rows_ND = self.capture.rows_ND(most_bytes=4 * packed_length(place.width))
+            if rows_ND is not None and rows_ND.dtype in (torch.float32, torch.float16, torch.bfloat16):
+                return samples_of(rows_ND, origin)
+        return partial_of(self.capture.moments(), origin)
 
 
 class Outbox:
     """A bounded queue and the one thread that serves it."""
 
-    def __init__(self, handover: Handover, run_id: str, rank: int, limits: OutboxLimits) -> None:
+    def __init__(
+        self,
+        handover: Handover,
+        run_id: str,
+        rank: int,
+        limits: OutboxLimits,
+        rows_allowed: bool,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`tick` is called about every second by the thread, beside the hand-over's own."""
         self._run_id, self._rank, self._limits = run_id, rank, limits
-        self._handover = handover
+        self._handover, self._rows_allowed, self._tick = handover, rows_allowed, tick
         self._queue: deque[Sample] = deque()
         self._queued_bytes = 0
         self._dropped: Counter[str] = Counter()
@@ -94,9 +124,16 @@ class Outbox:
             self._queue.append(sample)
             self._queued_bytes += sample.nbytes
             while self._queued_bytes > self._limits.memory_bytes and len(self._queue) > 1:
-                self._queued_bytes -= self._queue.popleft().nbytes
+                oldest = self._queue.popleft()
+                self._queued_bytes -= oldest.nbytes
+                oldest.release()
                 self._dropped["outbox_full"] += 1
             self._changed.notify()
+
+    def lost(self, reason: str, samples: int) -> None:
+        """Counts samples that never came here."""
+        with self._changed:
+            self._dropped[reason] += samples
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -119,6 +156,8 @@ class Outbox:
             return (self._undelivered or 0) + waiting + sum(self.dropped.values())
 
     def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # the training comes first, on the CPU too; Linux knows niceness by thread
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         last_tick = time.monotonic()
         while True:
             with self._changed:
@@ -131,7 +170,10 @@ class Outbox:
                 deadline = self._deadline
             try:
                 if sample is not None:
-                    self._handover.send(sample.to_partial(self._run_id, self._rank))
+                    try:
+                        self._handover.send(sample.to_partial(self._run_id, self._rank, self._rows_allowed))
+                    finally:
+                        sample.release()
                 elif deadline is not None:
                     left = max(deadline - time.monotonic(), 0.0)
                     self._undelivered = self._handover.close(left, self.dropped)
@@ -139,6 +181,7 @@ class Outbox:
                 if time.monotonic() - last_tick >= TICK_SECONDS:
                     last_tick = time.monotonic()
                     self._handover.tick(self.dropped)
+                    self._tick()
             except Exception as error:  # noqa: BLE001 - this thread must outlive any single failure
                 self._dropped["handover_error"] += 1
                 if self._dropped["handover_error"] == 1:

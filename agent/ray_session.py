@@ -75,7 +75,7 @@ class RaySession:
             for wire in wires:
                 owner = self._actors[self._owners[wire.header["layer"]]]
                 header = wire.header | {"attempt": self._attempt}
-                answers.append(owner.push.remote(header, wire.mean, wire.scatter))
+                answers.append(owner.push.remote(header, wire.mean, wire.payload))
             return list(ray.get(answers, timeout=CALL_SECONDS))
 
         return self._calling(pushing)

@@ -1,22 +1,73 @@
-"""When to sample: every N steps, the same on every rank."""
+"""When to sample: a pure function of step numbers, so that ranks that step together sample together.
+
+Nothing here looks at a clock or at another rank. What depends on time, the overhead contract, comes in as `stretch`, a
+factor that all ranks learn ahead of the step from which it holds.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Point(NamedTuple):
+    """One scheduled sample: the nominal step, and which of the rotating layer groups it is for."""
+
+    step: int
+    turn: int | None
+    """Layers with `position % rotate == turn % rotate` are sampled; None: all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Every:
-    """Samples the first step seen, then the first step at or after each multiple of `steps`.
+class Schedule:
+    """Samples the first step seen, then the first step at or after each scheduled point.
 
-    It looks only at step numbers, so ranks that step together sample together. A stride other than one (a trainer that
-    counts micro-steps) is learnt from the second step.
+    A trainer's steps may rise by more than one (one that counts micro-steps): no point is missed by it.
     """
 
-    steps: int
+    every: int = 100
+    """Steps between samples."""
+    start: int = 0
+    """First step that may be sampled."""
+    end: int | None = None
+    """Last step that may be sampled; None: no end."""
+    dense_start: bool = False
+    """Also sample at `start` + 0, 1, 2, 4, 8 … up to `every`: spectra move most in the first steps."""
+    rotate: int = 1
+    """Share the layers out over so many samples: each sample takes one layer in `rotate`, so that a layer's own
+    cadence is `every * rotate`."""
+    max_overhead: float | None = None
+    """The overhead contract: the stall of a sampled step, spread over the steps up to the next, must not exceed this
+    share of their time, such as 0.01; the cadence is stretched until it does not. None: no contract."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"every must be a positive integer number of steps, got {self.steps!r}")
+        for name, least in (("every", 1), ("start", 0), ("rotate", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                kind = "a positive" if least else "a non-negative"
+                raise ValueError(f"{name} must be {kind} integer number of steps, got {value!r}")
+        if self.end is not None and (not isinstance(self.end, int) or self.end < self.start):
+            raise ValueError(f"end must be None or a step not before start={self.start}, got {self.end!r}")
+        if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
+            raise ValueError(f"max_overhead must be None or a share of time in (0, 1], got {self.max_overhead}")
 
-    def due(self, step: int, last_sampled: int | None) -> bool:
-        """Whether `step` is sampled, given the last step that was."""
-        return last_sampled is None or step // self.steps > last_sampled // self.steps
+    def allows(self, step: int) -> bool:
+        """Whether `step` lies between start and end."""
+        return self.start <= step and (self.end is None or step <= self.end)
+
+    def due(self, before: int, step: int, stretch: int = 1) -> Point | None:
+        """The newest point in (before, step] under a cadence of `every * stretch`; None where there is none."""
+        if not self.allows(step):
+            return None
+        since_start = step - self.start
+        turn, _ = divmod(since_start, self.every * stretch)
+        regular = self.start + turn * self.every * stretch
+        if regular > before:
+            return Point(regular, turn)
+        if self.dense_start and since_start < self.every:
+            dense = self.start + (1 << since_start.bit_length() - 1)
+            if dense > before:
+                return Point(dense, None)
+        return None
+
+    def sampling_steps(self, stretch: int = 1) -> int:
+        """Steps between two samples of one layer."""
+        return self.every * self.rotate * stretch

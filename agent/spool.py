@@ -15,16 +15,15 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from ..schemas import PartialCovariance, PartialRefused, RunDescription, WirePartial
+from ..schemas import Partial, PartialRefused, RunDescription, WirePartial, partial_from_wire, payload_dtype
 
-_SCHEMA = pa.schema([("header", pa.large_string()), ("mean", pa.large_binary()), ("scatter", pa.large_binary())])
-_Number = TypeVar("_Number", bound=np.floating[Any])
+_SCHEMA = pa.schema([("header", pa.large_string()), ("mean", pa.large_binary()), ("payload", pa.large_binary())])
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -53,14 +52,14 @@ class Spool:
         description: dict[str, Any] = json.loads((self.folder / "run.json").read_text())
         return RunDescription.from_wire(description["run"]), int(description["rank"])
 
-    def write(self, number: int, partial: PartialCovariance) -> None:
+    def write(self, number: int, partial: Partial) -> None:
         """Stores a partial under `number`; it appears whole or not at all.
 
         Raises:
             OSError: the file system refused.
         """
-        header, mean, scatter = partial.to_wire()
-        columns = [pa.array([json.dumps(header)], pa.large_string()), _one_binary(mean), _one_binary(scatter)]
+        header, mean, payload = partial.to_wire()
+        columns = [pa.array([json.dumps(header)], pa.large_string()), _one_binary(mean), _one_binary(payload)]
         path = self._path(number)
         temporary = path.with_suffix(".tmp")
         try:
@@ -82,8 +81,9 @@ class Spool:
             with pa.memory_map(str(self._path(number))) as source:
                 batch = pa.ipc.open_file(source).get_batch(0)
             header = json.loads(batch.column(0)[0].as_py())
-            wire = WirePartial(header, _numbers(batch.column(1), np.float64), _numbers(batch.column(2), np.float32))
-            PartialCovariance.from_wire(wire)
+            mean = _numbers(batch.column(1), np.dtype(np.float64))
+            wire = WirePartial(header, mean, _numbers(batch.column(2), payload_dtype(header)))
+            partial_from_wire(wire)
             return wire
         except (FileNotFoundError, PartialRefused):
             raise
@@ -125,7 +125,7 @@ def _one_binary(array: NDArray[Any]) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(array)])
 
 
-def _numbers(column: pa.Array, dtype: type[_Number]) -> NDArray[_Number]:
+def _numbers(column: pa.Array, dtype: np.dtype[Any]) -> NDArray[Any]:
     start, stop = np.frombuffer(column.buffers()[1], dtype=np.int64)[column.offset : column.offset + 2]
     data = column.buffers()[2]
     if data is None:

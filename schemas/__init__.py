@@ -5,8 +5,8 @@ The agent and the aggregator meet here and nowhere else.
 
 from .keys import RUN_ID_PATTERN, SITES, RecordKey, SeriesKey, check_run_id
 from .metrics import DATA_QUALITY, METRIC_NAMES, METRICS, Metric
-from .partial import WIRE_VERSION, PartialCovariance, PartialRefused, WirePartial
-from .run import LayerDescription, RunDescription
+from .partial import SAMPLES, SCATTER, Partial, PartialCovariance, PartialSamples, partial_from_wire
+from .run import Block, LayerDescription, RunDescription
 from .tables import (
     ALERTS,
     EIGENVALUES,
@@ -19,7 +19,8 @@ from .tables import (
     table_folder,
 )
 from .thresholds import COLLAPSE, STALE_AFTER_SECONDS, CollapseThresholds
-from .tiles import TILE_ROWS, Tile, packed_length, row_tiles
+from .tiles import TILE_ROWS, Tile, packed_length, packed_offset, row_blocks, row_tiles
+from .wire import ROWS_DTYPES, WIRE_VERSION, Origin, PartialRefused, WirePartial, payload_dtype
 
 __all__ = [
     "ALERTS",
@@ -29,8 +30,11 @@ __all__ = [
     "METRICS",
     "METRIC_NAMES",
     "RECORDS",
+    "ROWS_DTYPES",
     "RUNS",
     "RUN_ID_PATTERN",
+    "SAMPLES",
+    "SCATTER",
     "SCHEMA_VERSION",
     "SITES",
     "STALE_AFTER_SECONDS",
@@ -38,11 +42,15 @@ __all__ = [
     "TABLES",
     "TILE_ROWS",
     "WIRE_VERSION",
+    "Block",
     "CollapseThresholds",
     "LayerDescription",
     "Metric",
+    "Origin",
+    "Partial",
     "PartialCovariance",
     "PartialRefused",
+    "PartialSamples",
     "RecordKey",
     "RunDescription",
     "SeriesKey",
@@ -51,6 +59,10 @@ __all__ = [
     "check_run_id",
     "default_store",
     "packed_length",
+    "packed_offset",
+    "partial_from_wire",
+    "payload_dtype",
+    "row_blocks",
     "row_tiles",
     "table_folder",
 ]

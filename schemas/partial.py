@@ -1,70 +1,62 @@
-"""The partial: one rank's share of one covariance, and its form on the wire.
+"""The partial: what one rank contributes to one record, in one of two exact forms.
 
-On the wire a partial is a header of plain numbers and strings and two arrays, so that neither a Ray worker nor a
-reader of a spool needs the class, and everything that arrives is checked before it is believed.
+A scatter, or a block of its rows where a tensor-parallel group shares the work; or the activation rows themselves,
+where they are fewer bytes than the scatter. Which form is cheaper is the sender's choice; the aggregator makes the
+same record of both.
 """
 
 from __future__ import annotations
 
 import math
-import reprlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .keys import SITES, RecordKey, check_run_id
-from .tiles import packed_length
+from .tiles import packed_offset
+from .wire import (
+    MAX_TOKENS,
+    MAX_WIDTH,
+    ROWS_DTYPES,
+    Origin,
+    PartialRefused,
+    WirePartial,
+    check_array,
+    integer,
+    payload_dtype,
+    read_origin,
+    shown,
+)
 
-WIRE_VERSION = 1
-MAX_WIDTH = 1 << 17
+SCATTER, SAMPLES = "scatter", "samples"
+"""The forms, as headers and the column `form` name them."""
 MAX_TRACE = MAX_WIDTH * float(np.finfo(np.float32).max)
 """What float32 entries can add up to; beyond it sums of squares would overflow."""
-MAX_TOKENS = 1 << 40
-MAX_TIME_SECONDS = 253_402_300_799.0
-"""The year 9999."""
-
-
-class PartialRefused(ValueError):
-    """A partial that cannot be used; `reason` is the label under which it is counted."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-class WirePartial(NamedTuple):
-    """A partial as it travels: builtin values and two arrays."""
-
-    header: dict[str, Any]
-    mean: NDArray[np.float64]
-    scatter: NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PartialCovariance:
-    """One rank's (tokens, mean, scatter) for one record.
+class PartialCovariance(Origin):
+    """(tokens, mean, scatter) of one share, or a block of the scatter's rows.
 
     A partial whose activations held NaN or Inf, or whose scatter overflowed, has a non-finite `trace` and an
-    empty `scatter`: it says that it happened and carries nothing that could poison a merge.
+    empty `scatter`: it says that it happened and carries nothing that could poison a merge. A partial of no tokens
+    has an empty `scatter` too: it says that the rank saw none, as happens to experts, and is not to be waited for.
     """
 
-    key: RecordKey
-    rank: int
+    rows: tuple[int, int]
+    """Rows [start, stop) of the scatter that are here; (0, D) for the whole."""
     tokens: int
-    """Activation rows summed, N."""
+    """Activation rows summed, N; of the whole share, whichever block this is."""
     mean: NDArray[np.float64]
     """(D,) the mean of those rows. float64, since the rounding of a float32 mean would be the largest error of a merge
     where the means of ranks differ and are large against the deviation."""
     scatter: NDArray[np.float32]
-    """(packed_length(D),) Σ (x−mean)(x−mean)ᵀ, upper triangle by row tiles; see `tiles`."""
+    """Σ (x−mean)(x−mean)ᵀ, upper triangle by row tiles, the slice of these `rows`; see `tiles`."""
     trace: float
-    """tr scatter."""
+    """What these rows add to tr scatter."""
     frobenius_sq: float
-    """‖scatter‖²_F of the whole symmetric matrix."""
-    captured_at: float
-    """Unix time in seconds at the end of the step."""
+    """What the numbers of these rows add to ‖scatter‖²_F of the whole symmetric matrix."""
 
     @property
     def width(self) -> int:
@@ -79,14 +71,13 @@ class PartialCovariance:
         return int(self.mean.nbytes + self.scatter.nbytes)
 
     def to_wire(self) -> WirePartial:
-        header = self.key._asdict() | {
-            "version": WIRE_VERSION,
-            "rank": self.rank,
-            "tokens": self.tokens,
+        header = self.origin_header() | {
+            "form": SCATTER,
             "width": self.width,
+            "rows": list(self.rows),
+            "tokens": self.tokens,
             "trace": self.trace,
             "frobenius_sq": self.frobenius_sq,
-            "captured_at": self.captured_at,
         }
         return WirePartial(header, self.mean, self.scatter)
 
@@ -98,83 +89,103 @@ class PartialCovariance:
             PartialRefused: `reason` is "version" for a newer sender and "malformed" for anything else.
         """
         header, mean, scatter = wire
-        if not isinstance(header, dict):
-            raise PartialRefused("malformed", "the header is not a mapping")
-        version = header.get("version")
-        if not isinstance(version, int) or not 1 <= version <= WIRE_VERSION:
-            raise PartialRefused(
-                "version",
-                f"wire version {_shown(version)} is not understood; this side speaks up to {WIRE_VERSION}",
-            )
-        key = RecordKey(
-            run_id=_run_id(header),
-            attempt=_integer(header, "attempt"),
-            step=_integer(header, "step"),
-            layer=_integer(header, "layer"),
-            site=_site(header),
-            expert=None if header.get("expert") is None else _integer(header, "expert"),
-        )
-        width = _integer(header, "width", least=1, most=MAX_WIDTH)
-        trace, frobenius_sq = _number(header, "trace"), _number(header, "frobenius_sq")
+        origin = read_origin(header, SCATTER)
+        width = integer(header, "width", least=1, most=MAX_WIDTH)
+        start, stop = rows = _rows(header, width)
+        tokens = integer(header, "tokens", most=MAX_TOKENS)
+        trace, frobenius_sq = header.get("trace"), header.get("frobenius_sq")
+        if type(trace) is not float or type(frobenius_sq) is not float:
+            raise PartialRefused("malformed", f"trace {shown(trace)} or frobenius_sq {shown(frobenius_sq)} is no float")
         finite = math.isfinite(trace)
-        if finite and not (0 <= trace <= MAX_TRACE and 0 <= frobenius_sq <= MAX_TRACE**2):
+        most = MAX_TRACE if tokens else 0.0
+        if (finite or not tokens) and not (0 <= trace <= most and 0 <= frobenius_sq <= most**2):
             raise PartialRefused("malformed", f"trace {trace} or frobenius_sq {frobenius_sq} is out of range")
-        captured_at = _number(header, "captured_at")
-        if not 0 <= captured_at <= MAX_TIME_SECONDS:
-            raise PartialRefused("malformed", f"captured_at {captured_at} is not a time")
-        _check_array("mean", mean, np.float64, width)
-        _check_array("scatter", scatter, np.float32, packed_length(width) if finite else 0)
+        length = packed_offset(width, stop) - packed_offset(width, start)
+        check_array("mean", mean, np.float64, width)
+        check_array("scatter", scatter, np.float32, length if finite and tokens else 0)
         if finite and not np.isfinite(mean).all():
             raise PartialRefused("malformed", "mean is not finite but trace is")
+        if not tokens and mean.any():
+            raise PartialRefused("malformed", "no tokens, but a mean")
         return cls(
-            key=key,
-            rank=_integer(header, "rank"),
-            tokens=_integer(header, "tokens", least=1, most=MAX_TOKENS),
+            **origin,
+            rows=rows,
+            tokens=tokens,
             mean=mean,
             scatter=scatter,
             trace=trace,
             frobenius_sq=frobenius_sq,
-            captured_at=captured_at,
         )
 
 
-def _shown(value: Any) -> str:
-    """A value as a message may show it: short, whatever it is."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an integer of thousands of digits
-        return f"a {type(value).__name__}"
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PartialSamples(Origin):
+    """The activation rows of one share, as the training computed them; the aggregator forms the scatter."""
+
+    samples: NDArray[Any]
+    """(N, D) float32 or float16, or the bits of bfloat16 as uint16."""
+
+    @property
+    def tokens(self) -> int:
+        return int(self.samples.shape[0])
+
+    @property
+    def width(self) -> int:
+        return int(self.samples.shape[1])
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Of the scatter: all."""
+        return 0, self.width
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.samples.nbytes)
+
+    def to_wire(self) -> WirePartial:
+        (dtype,) = (name for name, dtype in ROWS_DTYPES.items() if dtype == self.samples.dtype)
+        header = self.origin_header() | {
+            "form": SAMPLES,
+            "width": self.width,
+            "tokens": self.tokens,
+            "dtype": dtype,
+        }
+        return WirePartial(header, np.empty(0), self.samples.reshape(-1))
+
+    @classmethod
+    def from_wire(cls, wire: WirePartial) -> PartialSamples:
+        """The partial that was sent.
+
+        Raises:
+            PartialRefused: `reason` is "version" for a newer sender and "malformed" for anything else.
+        """
+        header, mean, flat = wire
+        origin = read_origin(header, SAMPLES)
+        width = integer(header, "width", least=1, most=MAX_WIDTH)
+        tokens = integer(header, "tokens", most=MAX_TOKENS)
+        check_array("mean", mean, np.float64, 0)
+        check_array("samples", flat, payload_dtype(header), tokens * width)
+        return cls(**origin, samples=flat.reshape(tokens, width))
 
 
-def _integer(header: dict[str, Any], name: str, least: int = 0, most: int = (1 << 63) - 1) -> int:
-    value = header.get(name)
-    if type(value) is not int or not least <= value <= most:
-        raise PartialRefused("malformed", f"{name} must be an integer in [{least}, {most}], got {_shown(value)}")
-    return value
+Partial: TypeAlias = PartialCovariance | PartialSamples
 
 
-def _number(header: dict[str, Any], name: str) -> float:
-    value = header.get(name)
-    if type(value) is not float:
-        raise PartialRefused("malformed", f"{name} must be a float, got {_shown(value)}")
-    return value
+def partial_from_wire(wire: WirePartial) -> Partial:
+    """The partial that was sent, in the form that its header names.
+
+    Raises:
+        PartialRefused: `reason` is "version" for a newer sender and "malformed" for anything else.
+    """
+    samples = isinstance(wire.header, dict) and wire.header.get("form") == SAMPLES
+    return PartialSamples.from_wire(wire) if samples else PartialCovariance.from_wire(wire)
 
 
-def _run_id(header: dict[str, Any]) -> str:
-    try:
-        return check_run_id(header.get("run_id", ""))
-    except ValueError as error:
-        raise PartialRefused("malformed", str(error)) from None
-
-
-def _site(header: dict[str, Any]) -> str:
-    site = header.get("site")
-    if not isinstance(site, str) or site not in SITES:
-        raise PartialRefused("malformed", f"site must be one of {SITES}, got {_shown(site)}")
-    return site
-
-
-def _check_array(name: str, array: NDArray[Any], dtype: type[np.floating[Any]], length: int) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (length,):
-        found = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise PartialRefused("malformed", f"{name} must be {dtype.__name__} of shape ({length},), got {found}")
+def _rows(header: dict[str, Any], width: int) -> tuple[int, int]:
+    rows = header.get("rows")
+    if type(rows) is not list or len(rows) != 2 or not all(type(row) is int for row in rows):
+        raise PartialRefused("malformed", f"rows must be a list of two integers, got {shown(rows)}")
+    start, stop = rows
+    if not 0 <= start < stop <= width:
+        raise PartialRefused("malformed", f"rows must be a part of [0, {width}), got {shown(rows)}")
+    return start, stop

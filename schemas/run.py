@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .keys import SITES, check_run_id
+from .tiles import row_blocks
+
+
+class Block(NamedTuple):
+    """What one rank sends of a record's scatter."""
+
+    share: int
+    """The lowest rank of the rank's share."""
+    rows: tuple[int, int]
+    """[start, stop)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,12 +30,27 @@ class LayerDescription:
     """Module path in the model."""
     width: int
     """D."""
-    ranks: tuple[int, ...]
-    """The ranks whose partials make this layer's record complete."""
+    shares: tuple[tuple[int, ...], ...]
+    """The ranks whose partials make this layer's record complete. A share is a set of tokens, held by one rank, or by
+    the ranks of a tensor-parallel group, which send blocks of rows of its scatter in this order."""
 
     def __post_init__(self) -> None:
         if self.site not in SITES:
             raise ValueError(f"site must be one of {SITES}, got {self.site!r}")
+        if len(set(self.ranks)) != len(self.ranks):
+            raise ValueError(f"a rank holds one share of a layer, got shares={self.shares}")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks of all shares, ascending."""
+        return tuple(sorted(rank for share in self.shares for rank in share))
+
+    def block_of(self, rank: int) -> Block | None:
+        """What this rank sends; None for a rank that does not hold this layer."""
+        for share in self.shares:
+            if rank in share:
+                return Block(min(share), row_blocks(self.width, len(share))[share.index(rank)])
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,5 +74,7 @@ class RunDescription:
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> RunDescription:
         """Raises ValueError or TypeError where the wire form is not a description."""
-        layers = tuple(LayerDescription(**(layer | {"ranks": tuple(layer["ranks"])})) for layer in wire["layers"])
+        layers = tuple(
+            LayerDescription(**(layer | {"shares": tuple(map(tuple, layer["shares"]))})) for layer in wire["layers"]
+        )
         return cls(**(wire | {"layers": layers}))

@@ -16,8 +16,9 @@ from .corrections import (
 from .divergence import js_divergence
 from .eigenvalues import eigenvalues
 from .measure import measure
-from .merge import Group, RankMean, Sums, merge
+from .merge import Group, Share, merge
 from .moments import Moments
+from .partial import covariance_of, partial_of, partial_of_nothing, samples_of
 from .power_law import PowerLaw, power_law
 from .ranks import (
     effective_dimension,
@@ -35,8 +36,8 @@ __all__ = [
     "Group",
     "Moments",
     "PowerLaw",
-    "RankMean",
-    "Sums",
+    "Share",
+    "covariance_of",
     "effective_dimension",
     "eigenvalues",
     "entropy",
@@ -49,7 +50,10 @@ __all__ = [
     "measure",
     "merge",
     "pack",
+    "partial_of",
+    "partial_of_nothing",
     "power_law",
+    "samples_of",
     "soft_rank",
     "soft_rank_corrected",
     "soft_utilization",

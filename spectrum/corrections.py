@@ -9,12 +9,13 @@ bias them again.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .merge import Group, Sums
+from .merge import Group
 from .shares import entropy, variance_shares
 from .triangle import trace_and_frobenius_sq
 
@@ -33,53 +34,63 @@ class Correction(NamedTuple):
 def hard_rank_corrected(group: Group) -> Correction:
     """The hard rank of the covariance that the tokens were drawn from.
 
-    Two or more partials are independent samples, and products across them are unbiased whatever the
-    distribution: "pairs". One partial alone takes the closed form for Gaussian tokens: "gaussian".
+    Two or more shares are independent samples, and products across them are unbiased whatever the
+    distribution: "pairs". One share alone takes the closed form for Gaussian tokens: "gaussian".
     """
-    if not group.finite:
+    shares = group.contributing
+    if not group.finite or not shares:
         return Correction(None, None)
-    if len(group.means) >= 2:
+    nu_K = [share.tokens - 1 for share in shares]
+    trace_K = [share.trace for share in shares]
+    frobenius_sq_K = [share.frobenius_sq for share in shares]
+    if len(shares) >= 2:
         _, within_frobenius_sq = trace_and_frobenius_sq(group.within, group.width)
-        value, method = hard_rank_from_pairs(group.sums, within_frobenius_sq), "pairs"
+        value, method = hard_rank_from_pairs(nu_K, trace_K, frobenius_sq_K, within_frobenius_sq), "pairs"
     else:
-        value, method = hard_rank_gaussian(group.sums), "gaussian"
+        value, method = hard_rank_gaussian(nu_K[0], trace_K[0], frobenius_sq_K[0]), "gaussian"
     return Correction(value, method if value is not None else None)
 
 
-def hard_rank_from_pairs(sums: Sums, within_frobenius_sq: float) -> float | None:
-    """â/b̂ over the pairs j≠k of partials: E tr S_j·tr S_k = ν_jν_k (tr Σ)² and E⟨S_j, S_k⟩ = ν_jν_k ‖Σ‖²_F.
+def hard_rank_from_pairs(
+    nu_K: Sequence[int], trace_K: Sequence[float], frobenius_sq_K: Sequence[float], within_frobenius_sq: float
+) -> float | None:
+    """â/b̂ over the pairs j≠k of shares: E tr S_j·tr S_k = ν_jν_k (tr Σ)² and E⟨S_j, S_k⟩ = ν_jν_k ‖Σ‖²_F.
 
     Args:
-        sums: over two or more disjoint partials.
+        nu_K: tokens − 1 of each of two or more disjoint shares.
+        trace_K: tr scatter_k.
+        frobenius_sq_K: ‖scatter_k‖²_F.
         within_frobenius_sq: ‖Σ_k scatter_k‖²_F.
 
     Returns:
         the rank; None where no pair has degrees of freedom or the estimate of ‖Σ‖²_F is not positive.
     """
-    pairs = sums.nu**2 - sums.nu_sq
+    pairs = sum(nu_K) ** 2 - sum(nu * nu for nu in nu_K)
     if pairs <= 0:
         return None
-    return _ratio((sums.trace**2 - sums.trace_sq) / pairs, (within_frobenius_sq - sums.frobenius_sq) / pairs)
+    trace_products = sum(trace_K) ** 2 - sum(trace * trace for trace in trace_K)
+    return _ratio(trace_products / pairs, (within_frobenius_sq - sum(frobenius_sq_K)) / pairs)
 
 
-def hard_rank_gaussian(sums: Sums) -> float | None:
-    """a/b of one partial of Gaussian tokens, with unbiased a for (tr Σ)² and b for ‖Σ‖²_F.
+def hard_rank_gaussian(nu: int, trace: float, frobenius_sq: float) -> float | None:
+    """a/b of one sample of Gaussian tokens, with unbiased a for (tr Σ)² and b for ‖Σ‖²_F.
 
     With S = scatter/ν: b = ν²/((ν−1)(ν+2))·(tr S² − (tr S)²/ν), a = (tr S)² − 2b/ν.
 
     Args:
-        sums: of one partial.
+        nu: tokens − 1.
+        trace: tr scatter.
+        frobenius_sq: ‖scatter‖²_F.
 
     Returns:
         the rank; None for ν ≤ 1 or where b is not positive.
 
     Source: moments of the Wishart distribution; Srivastava 2005.
     """
-    nu = sums.nu
     if nu <= 1:
         return None
-    trace_sq, frobenius_sq = (sums.trace / nu) ** 2, sums.frobenius_sq / nu**2
-    b = nu**2 / ((nu - 1) * (nu + 2)) * (frobenius_sq - trace_sq / nu)
+    trace_sq, norm_sq = (trace / nu) ** 2, frobenius_sq / nu**2
+    b = nu**2 / ((nu - 1) * (nu + 2)) * (norm_sq - trace_sq / nu)
     return _ratio(trace_sq - 2 * b / nu, b)
 
 

@@ -40,18 +40,18 @@ def measure(group: Group, eigenvalues: Tensor | None) -> dict[str, float | str |
 
     Args:
         group: the merged partials.
-        eigenvalues: (D,) of the group's covariance, descending; None only if the group is not finite.
+        eigenvalues: (D,) of the group's covariance, descending; None where there are none: the group is not finite, or
+            has no tokens.
 
     Returns:
         the values by column name, `hard_rank_correction` ("pairs", "gaussian" or None) among them. None
-        stands for what does not exist: every metric of a group that is not finite, the power law of a single
+        stands for what does not exist: every metric of a group without eigenvalues, the power law of a single
         direction, a correction that the sample does not determine, and always `js_divergence`, which needs
         two records.
     """
     values: dict[str, float | str | None] = dict.fromkeys((*METRIC_NAMES, "hard_rank_correction"))
-    if not group.finite:
+    if eigenvalues is None:
         return values
-    assert eigenvalues is not None
     for name, metric in _OF_EIGENVALUES.items():
         values[name] = _finite(metric(eigenvalues))
     fit = power_law(eigenvalues)

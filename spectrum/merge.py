@@ -1,60 +1,79 @@
 """The merge law: partials of one record, and groups of them, become one covariance, exactly and in any order.
 
 The aggregator keeps one `Group` for each open record and adds what arrives. Adding is elementwise; the one
-product of matrices, which brings in how far the ranks' means lie apart, is K×D and waits until the end.
+product of matrices, which brings in how far the shares' means lie apart, is K×D and waits until the end.
+
+A tensor-parallel group sends one scatter in blocks of rows. Until all rows are there its share is no covariance,
+and a sum cannot be taken apart again, so blocks wait beside the sum: a record that closes without them is that of
+fewer tokens, and not of a matrix that lacks some of its rows.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..schemas import PartialCovariance
+from ..schemas import PartialCovariance, packed_length, packed_offset
 from .triangle import unpack
 
+Rows = tuple[int, int]
+"""[start, stop)"""
 
-class RankMean(NamedTuple):
-    """What one rank says of where its tokens lie."""
 
-    rank: int
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Share:
+    """A set of tokens, and what has come of it."""
+
     tokens: int
     mean: Tensor
     """(D,) float64, a copy: it does not hold on to the memory that the partial came in."""
+    rows: dict[int, Rows]
+    """By the rank that sent them."""
+    trace: float
+    """Of the rows that have come, and so is `frobenius_sq`; NaN where a block is not finite."""
+    frobenius_sq: float
+    blocks: dict[Rows, NDArray[np.float32]] = field(default_factory=dict)
+    """Slices of the packed scatter that wait for the others; copies."""
 
     @classmethod
-    def of(cls, partial: PartialCovariance) -> RankMean:
-        return cls(partial.rank, partial.tokens, torch.from_numpy(partial.mean.astype(np.float64)))
-
-
-class Sums(NamedTuple):
-    """Sums over the finite partials of a group, ν = tokens − 1: what the hard rank's corrections need."""
-
-    nu: int = 0
-    nu_sq: int = 0
-    trace: float = 0.0
-    trace_sq: float = 0.0
-    frobenius_sq: float = 0.0
-
-    @classmethod
-    def of(cls, partial: PartialCovariance) -> Sums:
-        if not partial.finite:
-            return cls()
-        nu = partial.tokens - 1
-        return cls(nu, nu * nu, partial.trace, partial.trace**2, partial.frobenius_sq)
-
-    def plus(self, other: Sums) -> Sums:
-        return Sums(
-            self.nu + other.nu,
-            self.nu_sq + other.nu_sq,
-            self.trace + other.trace,
-            self.trace_sq + other.trace_sq,
-            self.frobenius_sq + other.frobenius_sq,
+    def of(cls, partial: PartialCovariance) -> Share:
+        waits = partial.rows != (0, partial.width) and partial.scatter.size
+        return cls(
+            tokens=partial.tokens,
+            mean=torch.from_numpy(partial.mean.astype(np.float64)),
+            rows={partial.rank: partial.rows},
+            trace=partial.trace,
+            frobenius_sq=partial.frobenius_sq,
+            blocks={partial.rows: partial.scatter.copy()} if waits else {},
         )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rows have come."""
+        return sum(stop - start for start, stop in self.rows.values()) == self.mean.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.mean.nbytes + sum(block.nbytes for block in self.blocks.values())
+
+    def plus(self, other: Share) -> Share:
+        """With what has come of the same share elsewhere."""
+        return dataclasses.replace(
+            self,
+            rows=self.rows | other.rows,
+            trace=self.trace + other.trace,
+            frobenius_sq=self.frobenius_sq + other.frobenius_sq,
+            blocks=self.blocks | other.blocks,
+        )
+
+    def without_blocks(self) -> Share:
+        return dataclasses.replace(self, blocks={})
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -66,23 +85,17 @@ class Group:
     """
 
     width: int
-    within: Tensor
-    """(packed_length(D),) float64, the sum of the partials' scatters, each around its own mean; empty if not
-    finite."""
-    means: list[RankMean]
-    sums: Sums
-    finite: bool
+    within: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    """(packed_length(D),) float64, the sum of the finished shares' scatters, each around its own mean; empty if
+    there is none with tokens, or if not finite."""
+    shares: dict[int, Share] = field(default_factory=dict)
+    """By their lowest rank."""
+    finite: bool = True
 
     @classmethod
     def of(cls, partial: PartialCovariance) -> Group:
         """The group of one partial, whose arrays are copied."""
-        return cls(
-            width=partial.width,
-            within=torch.from_numpy(partial.scatter.astype(np.float64)),
-            means=[RankMean.of(partial)],
-            sums=Sums.of(partial),
-            finite=partial.finite,
-        )
+        return cls(width=partial.width).add_(partial)
 
     def add_(self, other: Group | PartialCovariance) -> Group:
         """Adds a group or a partial in place; float32 is added to float64 without a second matrix.
@@ -91,40 +104,57 @@ class Group:
             this group.
 
         Raises:
-            ValueError: the widths differ, or a rank is already there; nothing was added then.
+            ValueError: the widths differ, a rank or its rows are already there, or blocks of one share speak of
+                different numbers of tokens; nothing was added then.
         """
+        within: NDArray[np.floating]
         if isinstance(other, PartialCovariance):
-            means, sums, scatter = [RankMean.of(other)], Sums.of(other), other.scatter
+            share = Share.of(other)
+            shares, within = {other.share: share}, other.scatter if share.finished else other.scatter[:0]
         else:
-            means, sums, scatter = other.means, other.sums, other.within.numpy()
-        if other.width != self.width:
-            raise ValueError(f"partials of one record have one width, got {self.width} and {other.width}")
-        twice = self.ranks & {mean.rank for mean in means}
-        if twice:
-            raise ValueError(f"rank {min(twice)} is in the group already; its tokens would count twice")
-        self.means.extend(means)
-        self.sums = self.sums.plus(sums)
+            shares, within = other.shares, other.within.numpy()
+        self._check(other.width, shares)
+        for number, share in shares.items():
+            mine = self.shares.get(number)
+            self.shares[number] = share if mine is None else mine.plus(share)
         self.finite = self.finite and other.finite
-        if self.finite:
-            # numpy and not torch: it converts in small pieces, and takes read-only shared memory.
-            total = self.within.numpy()
-            np.add(total, scatter, out=total)
-        else:
+        if not self.finite:
             self.within = torch.empty(0, dtype=torch.float64)
+            self.shares = {number: share.without_blocks() for number, share in self.shares.items()}
+            return self
+        if within.size:
+            self._add_rows((0, self.width), within)
+        for number in shares:
+            share = self.shares[number]
+            if share.finished and share.blocks:
+                for rows, block in share.blocks.items():
+                    self._add_rows(rows, block)
+                self.shares[number] = share.without_blocks()
         return self
 
     @property
+    def finished(self) -> list[Share]:
+        """The shares all of whose rows have come; the others are left out of everything below but `ranks`."""
+        return [share for share in self.shares.values() if share.finished]
+
+    @property
+    def contributing(self) -> list[Share]:
+        """The finished shares that saw a token: K independent samples."""
+        return [share for share in self.finished if share.tokens]
+
+    @property
     def tokens(self) -> int:
-        """Activation rows of all partials, N."""
-        return sum(mean.tokens for mean in self.means)
+        """Activation rows of all finished shares, N."""
+        return sum(share.tokens for share in self.finished)
 
     @property
     def ranks(self) -> frozenset[int]:
-        return frozenset(mean.rank for mean in self.means)
+        """All ranks of which something has come."""
+        return frozenset(rank for share in self.shares.values() for rank in share.rows)
 
     @property
     def nbytes(self) -> int:
-        return self.within.nbytes + sum(mean.mean.nbytes for mean in self.means)
+        return self.within.nbytes + sum(share.nbytes for share in self.shares.values())
 
     @property
     def mean(self) -> Tensor:
@@ -135,6 +165,7 @@ class Group:
     def scatter(self) -> Tensor:
         """(D, D) float64: within + Σ n_k (mean_k − mean)(mean_k − mean)ᵀ, around the mean of all tokens."""
         assert self.finite, "a group with a partial that is not finite has no scatter"
+        assert self.tokens, "a group without tokens has no scatter"
         matrix = unpack(self.within, self.width)
         between_KD = self._between()
         return matrix.addmm_(between_KD.T, between_KD)
@@ -145,13 +176,40 @@ class Group:
 
     @property
     def total_variance(self) -> float:
-        """tr covariance, from the partials' traces."""
+        """tr covariance, from the shares' traces."""
+        within = sum(share.trace for share in self.contributing)
         between = float(self._between().square().sum())
-        return (self.sums.trace + between) / max(self.tokens - 1, 1)
+        return (within + between) / max(self.tokens - 1, 1)
+
+    def _check(self, width: int, shares: dict[int, Share]) -> None:
+        if width != self.width:
+            raise ValueError(f"partials of one record have one width, got {self.width} and {width}")
+        twice = self.ranks & {rank for share in shares.values() for rank in share.rows}
+        if twice:
+            raise ValueError(f"rank {min(twice)} is in the group already; its tokens would count twice")
+        for number in self.shares.keys() & shares.keys():
+            mine, other = self.shares[number], shares[number]
+            if mine.tokens != other.tokens:
+                raise ValueError(f"blocks of share {number} speak of {mine.tokens} and of {other.tokens} tokens")
+            for start, stop in other.rows.values():
+                if any(start < its_stop and its_start < stop for its_start, its_stop in mine.rows.values()):
+                    raise ValueError(f"rows [{start}, {stop}) of share {number} are in the group already")
+
+    def _add_rows(self, rows: Rows, packed: NDArray[np.floating]) -> None:
+        start, stop = (packed_offset(self.width, row) for row in rows)
+        if not self.within.numel():
+            if packed.size == packed_length(self.width):
+                self.within = torch.from_numpy(packed.astype(np.float64))
+                return
+            self.within = torch.zeros(packed_length(self.width), dtype=torch.float64)
+        # numpy and not torch: it converts in small pieces, and takes read-only shared memory.
+        total = self.within.numpy()[start:stop]
+        np.add(total, packed, out=total)
 
     def _tokens_and_means(self) -> tuple[Tensor, Tensor]:
-        tokens_K = torch.tensor([mean.tokens for mean in self.means], dtype=torch.float64)
-        return tokens_K, torch.stack([mean.mean for mean in self.means])
+        shares = self.contributing
+        tokens_K = torch.tensor([share.tokens for share in shares], dtype=torch.float64)
+        return tokens_K, torch.stack([share.mean for share in shares])
 
     def _between(self) -> Tensor:
         """(K, D) float64: √n_k·(mean_k − mean)."""
@@ -163,7 +221,7 @@ def merge(partials: Iterable[PartialCovariance]) -> Group:
     """All partials of one record as a group; in any order the same but for rounding in float64.
 
     Raises:
-        ValueError: there is none, two have different keys or widths, or two come from one rank.
+        ValueError: there is none, two have different keys, or `Group.add_` refuses one.
     """
     group: Group | None = None
     for partial in partials:

@@ -1,14 +1,13 @@
 """What one rank accumulates of one layer over the forwards of one step: tokens, mean and scatter.
 
-The agent calls `add` inside the training step, on the device of the activations. Every forward is centred on
-its own mean and folded in by the update of Chan, Golub & LeVeque 1979, whose rank-one term goes into the
-product as one more row. So the scatter is a sum of squares and nothing else: it stays positive semidefinite
-up to rounding, and no mean is ever subtracted from raw moments. The products go into the packed triangle in
-place: beyond it there is one float32 copy of at most `CHUNK_ROWS` rows of activations, and nothing of the
-size D×D.
+`add` runs in the agent, on the device of the activations. Rows are centred on a pilot, the mean of a few hundred of
+them, in one pass: the subtraction is exact to the last place of the small result, and what the pilot missed, δ, is a
+fraction of a standard deviation. So S = Σ(x−pilot)(x−pilot)ᵀ − n·δδᵀ takes away a small part of what stands, never a
+mean's square from raw moments; the update of Chan, Golub & LeVeque 1979, of rank one too, joins forwards of one step.
+Products go into the packed triangle in place: beyond it there is one float32 copy of at most `CHUNK_ROWS` rows of
+activations, and nothing of the size D×D.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schemas import packed_length
-from .triangle import tile_views
+from .triangle import block_length, block_views
 
 CHUNK_ROWS = 4096
 """Rows that are copied at a time; at 4096 a product reads and writes the triangle at no cost that shows."""
+PILOT_ROWS = 256
+"""Rows, evenly spaced, whose mean is the pilot. n·δδᵀ is then about 1/256 of S, and n/256 of it at the very worst."""
 
 
 class Moments:
@@ -29,14 +29,25 @@ class Moments:
     NaN and Inf propagate into mean and scatter; no pass looks for them here, the trace will show them.
     """
 
-    def __init__(self, width: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        device: torch.device | str | None = None,
+        rows: tuple[int, int] | None = None,
+        scatter: Tensor | None = None,
+    ) -> None:
         self.width = width
+        self.rows = rows if rows is not None else (0, width)
+        """Which rows [start, stop) of the scatter are formed: a tensor-parallel rank has a block."""
         self.tokens = 0
-        """Rows seen, N."""
+        """Rows of activations seen, N."""
         self.mean = torch.zeros(width, dtype=torch.float64, device=device)
         """(D,) float64."""
-        self.scatter = torch.zeros(packed_length(width), dtype=torch.float32, device=device)
-        """(packed_length(D),) float32: Σ (x−mean)(x−mean)ᵀ, see `schemas.tiles`."""
+        if scatter is None:
+            scatter = torch.zeros(block_length(width, self.rows), dtype=torch.float32, device=device)
+        self.scatter = scatter
+        """Σ (x−mean)(x−mean)ᵀ, float32, the block's part of the packed triangle; see `schemas.tiles`. Given, it is
+        written to, and must be zero."""
 
     def add(self, x_ND: Tensor) -> None:
         """Adds the rows of one forward, in any floating dtype; bf16 and fp16 count as exact numbers.
@@ -50,28 +61,42 @@ class Moments:
             for start in range(0, x_ND.shape[0], CHUNK_ROWS):
                 self._fold(x_ND[start : start + CHUNK_ROWS])
 
-    def _fold(self, x_ND: Tensor) -> None:
-        count = x_ND.shape[0]
-        rows = x_ND.new_empty((count + 1, self.width), dtype=torch.promote_types(x_ND.dtype, torch.float32))
-        centred = rows[:count]
-        centred.copy_(x_ND)
-        # Twice: the first mean is off by its rounding, up to 1e-7·|mean|, which counts where |mean| ≫ std.
-        # The second finds that remainder, and the two together are the mean to float64's satisfaction.
-        centre = centred.mean(0)
-        centred -= centre
-        remainder = centred.mean(0)
-        centred -= remainder
-        shift = centre.double() + remainder.double() - self.mean
-
-        total = self.tokens + count
-        rows[count] = shift * math.sqrt(self.tokens * count / total)
-        self.mean += shift * (count / total)
+    def include(self, tokens: int, mean: Tensor, scatter: Tensor) -> None:
+        """Adds the moments of other rows: their number, mean (D,) float64 and scatter, a block of the same rows."""
+        total = self.tokens + tokens
+        shift = mean - self.mean
+        self.scatter += scatter
+        right_1D = shift.float()[None]
+        left_1D = right_1D * (tokens * self.tokens / total)
+        with _ieee_float32_products():
+            for block, view in block_views(self.scatter, self.width, self.rows):
+                view.addmm_(left_1D[:, block.start : block.stop].T, right_1D[:, block.first_column :])
+        self.mean += shift * (tokens / total)
         self.tokens = total
 
-        rows = rows.float()
+    @staticmethod
+    def scatter_length(width: int, rows: tuple[int, int]) -> int:
+        """How many numbers the scatter of a block holds."""
+        return block_length(width, rows)
+
+    def _fold(self, x_ND: Tensor) -> None:
+        count = x_ND.shape[0]
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        pilot = x_ND[:: max(count // PILOT_ROWS, 1)].to(dtype).mean(0)
+        rows = x_ND - pilot
+        missed = rows.mean(0)
+        rows, total = rows.float(), self.tokens + count
+        shift = pilot.double() + missed.double() - self.mean
+        # −n·δδᵀ and Chan's n·N/(n+N)·shift·shiftᵀ, as one product of rank two.
+        right_2D = torch.stack((missed.double(), shift)).float()
+        left_2D = right_2D * right_2D.new_tensor([[-count], [count * self.tokens / total]])
+        self.mean += shift * (count / total)
+        self.tokens = total
         with _ieee_float32_products():
-            for tile, view in tile_views(self.scatter, self.width):
-                view.addmm_(rows[:, tile.start : tile.stop].T, rows[:, tile.start :])
+            for block, view in block_views(self.scatter, self.width, self.rows):
+                own, beside = slice(block.start, block.stop), slice(block.first_column, None)
+                view.addmm_(rows[:, own].T, rows[:, beside])
+                view.addmm_(left_2D[:, own].T, right_2D[:, beside])
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from eigenwatch.agent import find_layers
-from eigenwatch.agent.observation import MAX_ERRORS, Gate, Observer
+from eigenwatch.agent.capture import Room
+from eigenwatch.agent.observation import MAX_ERRORS, Gate, Observer, Place, Shared
+from eigenwatch.agent.padding import Padding
 from eigenwatch.cli.demo.decoder import Decoder, DecoderConfig
 from eigenwatch.spectrum import Moments, unpack
 from torch import Tensor, nn
@@ -33,6 +36,24 @@ def loss_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
 
 
+def nothing_shared() -> Shared:
+    return Shared(room=Room(1 << 30), padding=Padding(), scratch={})
+
+
+def observe(
+    module: nn.Module, gate: Gate, layer: int = 0, width: int = WIDTH, shared: Shared | None = None
+) -> Observer:
+    """An observer of what goes into a module."""
+    place = Place(layer=layer, site="post", name=f"layers.{layer}", width=width, share=0, block=(0, width))
+    return Observer(place, module, gate, nothing_shared())
+
+
+def take(observer: Observer) -> Moments | None:
+    """What was seen since the last call, folded."""
+    capture = observer.take().capture
+    return None if capture is None else capture.moments()
+
+
 class Watch:
     """Observers on every layer of a model, and beside each a witness that keeps what really came in."""
 
@@ -44,10 +65,10 @@ class Watch:
             inputs: list[Tensor] = []
             one.module.register_forward_pre_hook(lambda _, args, into=inputs: into.append(args[0].detach().clone()))
             self.inputs.append(inputs)
-            self.observers.append(Observer(one.layer, "post", one.name, one.width, one.module, self.gate))
+            self.observers.append(observe(one.module, self.gate, one.layer, one.width))
 
     def take(self) -> list[Moments | None]:
-        return [observer.take() for observer in self.observers]
+        return [take(observer) for observer in self.observers]
 
     def tokens(self) -> list[int]:
         """Of each layer since the last call; 0 where nothing was seen."""
@@ -156,7 +177,9 @@ def test_a_model_in_another_precision_is_seen_too(dtype):
     watch.assert_seen(tolerance=2e-6)
 
 
-def train(model: nn.Module, gate: Gate | None = None, steps: int = 4) -> tuple[list[float], list[Tensor], Tensor]:
+def train(
+    model: nn.Module, gate: Gate | None = None, steps: int = 4, ended: Callable[[], object] = lambda: None
+) -> tuple[list[float], list[Tensor], Tensor]:
     """Losses, the last gradients, and where the random numbers have got to."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -168,6 +191,7 @@ def train(model: nn.Module, gate: Gate | None = None, steps: int = 4) -> tuple[l
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        ended()
     return losses, [parameter.grad for parameter in model.parameters()], torch.get_rng_state()
 
 
@@ -214,14 +238,14 @@ def test_a_layer_whose_observation_fails_is_switched_off_and_the_training_goes_o
     alone, observed = decoder(), decoder()
     losses, gradients, _ = train(alone, steps=MAX_ERRORS + 2)
     gate = Gate()
-    wrong = Observer(0, "post", "layers.0", WIDTH + 1, observed.layers[0].mlp.down_proj, gate)
-    right = Observer(1, "post", "layers.1", WIDTH, observed.layers[1].mlp.down_proj, gate)
-    observed_losses, observed_gradients, _ = train(observed, steps=MAX_ERRORS + 2)
+    wrong = observe(observed.layers[0].mlp.down_proj, gate, 0, WIDTH + 1)
+    right = observe(observed.layers[1].mlp.down_proj, gate, 1)
+    observed_losses, observed_gradients, _ = train(observed, steps=MAX_ERRORS + 2, ended=wrong.take)
     assert observed_losses == losses
     assert all(torch.equal(a, b) for a, b in zip(observed_gradients, gradients, strict=True))
     assert wrong.errors.total() == MAX_ERRORS == 3
-    assert wrong.take() is None
-    assert right.take().tokens == (MAX_ERRORS + 2) * BATCH * TIME
+    assert take(wrong) is None
+    assert take(right).tokens == (MAX_ERRORS + 2) * BATCH * TIME
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert all("layer 0" in message for message in messages)
@@ -232,6 +256,7 @@ def test_a_step_of_which_a_forward_failed_is_not_shown_as_if_it_were_whole():
     watch = Watch(model := decoder())
     model(batch())
     watch.observers[0].see(torch.randn(5, WIDTH + 1))
+    watch.observers[0].see(torch.randn(5, WIDTH))
     assert watch.tokens() == [0, BATCH * TIME]
     model(batch())
     assert watch.tokens() == [BATCH * TIME] * LAYERS
@@ -276,7 +301,7 @@ def test_a_compiled_model_is_seen_once_a_forward_and_computes_the_same(backend):
         torch.compiler.reset()  # code compiled for an equal model without a hook would be used again
         model, gate = Projections(), Gate()
         for one in find_layers(model) if observed else []:
-            observers.append(Observer(one.layer, "post", one.name, one.width, one.module, gate))
+            observers.append(observe(one.module, gate, one.layer, one.width))
         out = torch.compile(model, fullgraph=True, backend=backend)(x)
         out.square().mean().backward()
         mlp = model.layers[0].mlp
@@ -286,7 +311,7 @@ def test_a_compiled_model_is_seen_once_a_forward_and_computes_the_same(backend):
     eager = Watch(reference := Projections())
     reference(x)
     ((observer,), (true,)) = observers, eager.take()
-    seen = observer.take()
+    seen = take(observer)
     assert seen.tokens == BATCH * TIME
     torch.testing.assert_close(seen.scatter, true.scatter, rtol=1e-4, atol=1e-6)
 
@@ -295,16 +320,17 @@ def test_neither_the_gate_nor_an_error_compiles_a_model_again():
     torch.compiler.reset()
     watch = Watch(decoder())
     model, gate = decoder(), watch.gate
-    wrong = Observer(0, "post", "layers.0", WIDTH + 1, model.layers[0].mlp.down_proj, gate)
-    right = Observer(1, "post", "layers.1", WIDTH, model.layers[1].mlp.down_proj, gate)
+    wrong = observe(model.layers[0].mlp.down_proj, gate, 0, WIDTH + 1)
+    right = observe(model.layers[1].mlp.down_proj, gate, 1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss_of(compiled, batch()).backward()
-    assert right.take().tokens == BATCH * TIME
+    assert take(right).tokens == BATCH * TIME
     with torch.compiler.set_stance("fail_on_recompile"):
         for opened in (False, True, False, True):
             gate.open = opened
             loss_of(compiled, batch()).backward()
-            moments = right.take()
+            wrong.take()
+            moments = take(right)
             assert (moments.tokens if moments else 0) == BATCH * TIME * opened
     assert wrong.errors.total() == MAX_ERRORS
 
@@ -315,12 +341,12 @@ def test_what_a_compiled_model_computes_again_is_not_counted_again(whole):
     torch.manual_seed(0)
     model = Checkpointed(CONFIG)
     gate = Gate()
-    observers = [Observer(one.layer, "post", one.name, one.width, one.module, gate) for one in find_layers(model)]
+    observers = [observe(one.module, gate, one.layer, one.width) for one in find_layers(model)]
     for compiled in [model] if whole else model.layers:
         compiled.compile(fullgraph=True, backend="aot_eager")
     for seed in range(2):
         loss_of(model, batch(seed)).backward()
-    assert [observer.take().tokens for observer in observers] == [2 * BATCH * TIME] * LAYERS
+    assert [take(observer).tokens for observer in observers] == [2 * BATCH * TIME] * LAYERS
 
 
 class CallsByKeyword(nn.Module):
@@ -336,9 +362,9 @@ def test_a_projection_that_is_called_by_keyword_is_observed():
     model = CallsByKeyword()
     gate = Gate()
     projection = model.layers[0]["mlp"]["down_proj"]
-    observer = Observer(0, "post", "down_proj", 8, projection, gate)
+    observer = observe(projection, gate, width=8)
     model(torch.randn(5, 8))
-    assert observer.take().tokens == 5
+    assert take(observer).tokens == 5
 
 
 def test_an_input_that_is_no_plain_tensor_is_let_through_unobserved():
@@ -346,6 +372,6 @@ def test_an_input_that_is_no_plain_tensor_is_let_through_unobserved():
         pass
 
     projection = nn.Linear(8, 4)
-    observer = Observer(0, "post", "down_proj", 8, projection, Gate())
+    observer = observe(projection, Gate(), width=8)
     projection(torch.randn(5, 8).as_subclass(Wrapped))
-    assert observer.take() is None
+    assert take(observer) is None

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from eigenwatch.agent import OutboxLimits
+from eigenwatch.agent.capture import Capture, Room
+from eigenwatch.agent.observation import Place
 from eigenwatch.agent.outbox import Outbox, Sample
-from eigenwatch.schemas import PartialCovariance, RecordKey
-from eigenwatch.spectrum import Moments
+from eigenwatch.schemas import Partial, PartialCovariance, PartialSamples, RecordKey
+from eigenwatch.spectrum import Moments, covariance_of
 
 from tests.processes import wait_until
 
 WIDTH = 8
+PLACE = Place(layer=3, site="post", name="layers.3", width=WIDTH, share=0, block=(0, WIDTH))
 AT_ONCE_SECONDS = 0.5
 """No hand-over of these tests takes so little when it blocks."""
 
@@ -57,13 +60,37 @@ def sample(step: int, bad: float | None = None) -> Sample:
     x_ND = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(step))
     if bad is not None:
         x_ND[3, 2] = bad
+    return sample_of(x_ND, step=step)
+
+
+def sample_of(*forwards: torch.Tensor, step: int = 0, room: Room | None = None) -> Sample:
+    capture = Capture(PLACE.width, PLACE.block, room or Room(1 << 30))
+    for x_ND in forwards:
+        capture.add(x_ND)
+    return Sample(
+        step=step, place=PLACE, capture=capture, captured_at=1e9 + step, sampling_steps=100, overhead_ratio=0.01
+    )
+
+
+def moments_of(*forwards: torch.Tensor) -> Moments:
     moments = Moments(WIDTH)
-    moments.add(x_ND)
-    return Sample(step=step, layer=3, site="post", moments=moments, captured_at=1e9 + step)
+    for x_ND in forwards:
+        moments.add(x_ND)
+    return moments
 
 
-def outbox(handover: Recorder, samples_in_memory: int = 1000) -> Outbox:
-    return Outbox(handover, "run", 1, OutboxLimits(memory_bytes=samples_in_memory * sample(0).nbytes))
+def outbox(handover: Recorder, samples_in_memory: int = 1000, rows_allowed: bool = True) -> Outbox:
+    limits = OutboxLimits(memory_bytes=samples_in_memory * sample(0).nbytes)
+    return Outbox(handover, "run", 1, limits, rows_allowed)
+
+
+def handed_over(*samples: Sample, rows_allowed: bool = True) -> list[Partial]:
+    handover = Recorder()
+    box = outbox(handover, rows_allowed=rows_allowed)
+    for one in samples:
+        box.put(one)
+    assert box.close(10) == 0
+    return handover.partials
 
 
 @pytest.fixture
@@ -92,15 +119,52 @@ def test_a_sample_becomes_the_partial_of_its_rank():
     box.put(sample(7))
     box.close(10)
     (partial,) = handover.partials
-    moments = sample(7).moments
+    moments = moments_of(torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(7)))
     assert partial.key == RecordKey("run", 0, 7, 3, "post", None)
-    assert (partial.rank, partial.tokens, partial.captured_at) == (1, 20, 1e9 + 7)
+    assert (partial.rank, partial.share, partial.tokens, partial.captured_at) == (1, 0, 20, 1e9 + 7)
+    assert (partial.sampling_steps, partial.overhead_ratio) == (100, 0.01)
     assert np.array_equal(partial.mean, moments.mean.numpy())
     assert np.array_equal(partial.scatter, moments.scatter.numpy())
     square_DD = moments.scatter.view(WIDTH, WIDTH).double()
     assert partial.trace == pytest.approx(float(square_DD.trace()))
     assert partial.frobenius_sq == pytest.approx(float(square_DD.square().sum()))
     assert PartialCovariance.from_wire(partial.to_wire()).finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_that_are_fewer_bytes_than_their_scatter_go_as_they_are(dtype):
+    few = [torch.randn(2, WIDTH).to(dtype), torch.randn(1, WIDTH).to(dtype)]
+    (partial,) = handed_over(sample_of(*few))
+    assert isinstance(partial, PartialSamples)
+    assert partial.tokens == 3
+    arrived = covariance_of(partial)
+    assert np.array_equal(arrived.scatter, moments_of(torch.cat(few)).scatter.numpy())
+    many = torch.randn(4 * WIDTH, WIDTH).to(dtype)
+    (partial,) = handed_over(sample_of(many))
+    assert isinstance(partial, PartialCovariance)
+
+
+def test_rows_stay_in_the_process_where_they_may_not_leave_it():
+    few = torch.randn(3, WIDTH)
+    (partial,) = handed_over(sample_of(few), rows_allowed=False)
+    assert isinstance(partial, PartialCovariance)
+    assert np.array_equal(partial.scatter, moments_of(few).scatter.numpy())
+
+
+def test_what_has_no_room_as_rows_is_folded_at_once_and_gives_the_same():
+    forwards = [torch.randn(20, WIDTH) for _ in range(3)]
+    room = Room(forwards[0].nbytes)
+    (partial,) = handed_over(sample_of(*forwards, room=room))
+    expected = moments_of(*forwards)
+    assert partial.tokens == 60
+    np.testing.assert_allclose(partial.scatter, expected.scatter.numpy(), rtol=1e-5)
+    assert room.take(forwards[0].nbytes), "the room was given back"
+
+
+def test_a_place_that_no_token_reached_is_said_to_be_empty():
+    nothing = Sample(step=1, place=PLACE, capture=None, captured_at=1.0, sampling_steps=1, overhead_ratio=None)
+    (partial,) = handed_over(nothing)
+    assert PartialCovariance.from_wire(partial.to_wire()).tokens == 0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
@@ -145,7 +209,7 @@ def test_a_full_outbox_drops_the_oldest_and_counts_them(blocked):
 
 
 def test_a_sample_larger_than_the_whole_memory_is_not_lost_while_it_is_the_only_one(blocked):
-    box = Outbox(blocked, "run", 1, OutboxLimits(memory_bytes=1))
+    box = Outbox(blocked, "run", 1, OutboxLimits(memory_bytes=1), True)
     box.put(sample(0))
     assert blocked.entered.wait(10)
     box.put(sample(1))

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 WIDTH = 300
-LAYER = LayerDescription(layer=0, site="post", name="h.0", width=WIDTH, ranks=(0, 1))
+LAYER = LayerDescription(layer=0, site="post", name="h.0", width=WIDTH, shares=((0,), (1,)))
 RUN = RunDescription(run_id="run", launch_id="launch", world_size=2, layers=(LAYER,), tags={"norm": "pre"})
 
 
@@ -35,6 +35,8 @@ def partial(step: int = 0, width: int = WIDTH, finite: bool = True) -> PartialCo
     return PartialCovariance(
         key=RecordKey("run", 0, step, 0, "post", None),
         rank=1,
+        share=1,
+        rows=(0, width),
         tokens=40,
         mean=random.normal(size=width) if finite else np.full(width, np.nan),
         scatter=random.normal(size=packed_length(width) if finite else 0).astype(np.float32),
@@ -77,17 +79,17 @@ def test_reading_maps_the_file_and_copies_nothing(spool):
     spool.write(0, partial(width=1500))
     before = pa.total_allocated_bytes()
     wire = spool.read(0)
-    assert wire.scatter.nbytes > 4_000_000
+    assert wire.payload.nbytes > 4_000_000
     assert pa.total_allocated_bytes() - before < 100_000
-    assert not wire.scatter.flags.owndata
-    assert not wire.scatter.flags.writeable
+    assert not wire.payload.flags.owndata
+    assert not wire.payload.flags.writeable
 
 
 def test_what_was_read_outlives_the_file(spool):
     spool.write(0, partial())
     wire = spool.read(0)
     spool.remove(0)
-    assert np.array_equal(wire.scatter, partial().scatter)
+    assert np.array_equal(wire.payload, partial().scatter)
 
 
 def test_partials_come_oldest_first(spool):
@@ -181,7 +183,7 @@ def readable(spool: Spool, content: bytes) -> bool:
     file_of(spool, 0).write_bytes(content)
     try:
         wire = spool.read(0)
-        bytes(wire.mean), bytes(wire.scatter)
+        bytes(wire.mean), bytes(wire.payload)
         PartialCovariance.from_wire(wire)
     except PartialRefused as refused:
         assert refused.reason in ("malformed", "version")  # noqa: PT017 - either outcome is right
@@ -237,9 +239,9 @@ def test_another_arrow_file_is_refused(spool, tmp_path, columns):
 
 def test_a_header_that_lacks_something_is_refused(spool, tmp_path):
     spool.write(0, partial(width=4))
-    header, mean, scatter = spool.read(0)
+    header, mean, payload = spool.read(0)
     arrays = {
-        name: pa.array([array.tobytes()], pa.large_binary()) for name, array in (("mean", mean), ("scatter", scatter))
+        name: pa.array([array.tobytes()], pa.large_binary()) for name, array in (("mean", mean), ("payload", payload))
     }
 
     def file_with(header: dict[str, Any]) -> bytes:

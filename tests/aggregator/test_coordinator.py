@@ -11,7 +11,7 @@ from eigenwatch.schemas import LayerDescription, RunDescription, table_folder
 
 SHARDS = ["shard-0", "shard-1", "shard-2"]
 LAYERS = tuple(
-    LayerDescription(layer=index, site="post", name=f"h.{index}", width=8, ranks=(0, 1)) for index in range(5)
+    LayerDescription(layer=index, site="post", name=f"h.{index}", width=8, shares=((0,), (1,))) for index in range(5)
 )
 
 

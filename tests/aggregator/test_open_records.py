@@ -31,6 +31,8 @@ def not_finite(rank: int) -> PartialCovariance:
     return PartialCovariance(
         key=KEY,
         rank=rank,
+        share=rank,
+        rows=(0, WIDTH),
         tokens=5,
         mean=np.full(WIDTH, np.nan),
         scatter=np.empty(0, np.float32),

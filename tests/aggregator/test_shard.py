@@ -34,7 +34,9 @@ KEY = RecordKey("run", 0, 100, 0, "post", None)
 
 
 def layer(index: int = 0, ranks: tuple[int, ...] = (0, 1), **changes: Any) -> LayerDescription:
-    described = LayerDescription(layer=index, site="post", name=f"h.{index}", width=WIDTH, ranks=ranks)
+    described = LayerDescription(
+        layer=index, site="post", name=f"h.{index}", width=WIDTH, shares=tuple((r,) for r in ranks)
+    )
     return dataclasses.replace(described, **changes)
 
 

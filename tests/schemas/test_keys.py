@@ -38,7 +38,7 @@ def test_a_record_belongs_to_the_series_that_differs_only_by_step():
 
 def test_a_run_description_survives_json_and_the_wire():
     layers = tuple(
-        LayerDescription(layer=index, site=site, expert=expert, name=f"h.{index}", width=8, ranks=(0, 2))
+        LayerDescription(layer=index, site=site, expert=expert, name=f"h.{index}", width=8, shares=((0, 2), (5,)))
         for index, site, expert in [(0, "post", None), (1, "pre", 3)]
     )
     run = RunDescription(run_id="run", launch_id="l", world_size=3, layers=layers, tags={"norm": "pre"})
@@ -47,5 +47,17 @@ def test_a_run_description_survives_json_and_the_wire():
 
 def test_a_layer_is_observed_at_a_known_site():
     with pytest.raises(ValueError, match="site must be one of"):
-        LayerDescription(layer=0, site="middle", name="h.0", width=8, ranks=(0,))
+        LayerDescription(layer=0, site="middle", name="h.0", width=8, shares=((0,),))
     assert SITES == ("post", "pre")
+
+
+def test_a_layer_says_which_rows_of_which_share_each_rank_sends():
+    layer = LayerDescription(layer=0, site="post", name="h.0", width=8, shares=((4, 1), (0,)))
+    assert layer.ranks == (0, 1, 4)
+    assert [layer.block_of(rank) for rank in (4, 1, 0)] == [(1, (0, 4)), (1, (4, 8)), (0, (0, 8))]
+    assert layer.block_of(2) is None
+
+
+def test_a_rank_holds_one_share():
+    with pytest.raises(ValueError, match="one share"):
+        LayerDescription(layer=0, site="post", name="h.0", width=8, shares=((0, 1), (1, 2)))

@@ -1,8 +1,12 @@
 """What the tests of the mathematics share: spectra, samples, and the way from activations to a partial."""
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
-from eigenwatch.schemas import PartialCovariance, RecordKey
-from eigenwatch.spectrum import Moments, trace_and_frobenius_sq
+from eigenwatch import spectrum
+from eigenwatch.schemas import Origin, PartialCovariance, RecordKey, packed_offset, row_blocks
+from eigenwatch.spectrum import Moments
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -43,20 +47,34 @@ def rotation(width: int, seed: int = 0) -> Tensor:
 def partial_of(*forwards: Tensor, rank: int = 0, key: RecordKey = KEY) -> PartialCovariance:
     """What a rank sends after these forwards of one step."""
     moments = Moments(forwards[0].shape[1])
-    for x_ND in forwards:
+    for x_ND in forwards:  # a forward may have no row: the rank then saw no token
         moments.add(x_ND)
-    trace, frobenius_sq = trace_and_frobenius_sq(moments.scatter, moments.width)
-    finite = trace == trace and abs(trace) != float("inf")
-    return PartialCovariance(
-        key=key,
-        rank=rank,
-        tokens=moments.tokens,
-        mean=moments.mean.numpy(),
-        scatter=moments.scatter.numpy() if finite else moments.scatter[:0].numpy(),
-        trace=trace,
-        frobenius_sq=frobenius_sq,
-        captured_at=1.0,
-    )
+    return spectrum.partial_of(moments, Origin(key=key, rank=rank, share=rank, captured_at=1.0))
+
+
+def blocks_of(partial: PartialCovariance, ranks: Sequence[int]) -> list[PartialCovariance]:
+    """The same share as the ranks of a tensor-parallel group would send it."""
+    packed, width = torch.from_numpy(partial.scatter), partial.width
+    blocks = []
+    for rank, rows in zip(ranks, row_blocks(width, len(ranks)), strict=True):
+        block = (
+            packed[packed_offset(width, rows[0]) : packed_offset(width, rows[1])] if partial.scatter.size else packed
+        )
+        trace, frobenius_sq = partial.trace, partial.frobenius_sq
+        if partial.scatter.size:
+            trace, frobenius_sq = spectrum.trace_and_frobenius_sq(block, width, rows)
+        blocks.append(
+            dataclasses.replace(
+                partial,
+                rank=rank,
+                share=min(ranks),
+                rows=rows,
+                scatter=block.numpy(),
+                trace=trace,
+                frobenius_sq=frobenius_sq,
+            )
+        )
+    return blocks
 
 
 def two_pass_scatter(x_ND: Tensor) -> Tensor:

@@ -11,8 +11,7 @@ import torch
 from eigenwatch.schemas import METRIC_NAMES
 from eigenwatch.spectrum import (
     Group,
-    RankMean,
-    Sums,
+    Share,
     eigenvalues,
     measure,
     merge,
@@ -43,15 +42,19 @@ def deal(x_ND):
 
 def reference_group(x_ND):
     """The same group in float64 throughout, two passes over the tokens of each rank."""
-    within, means, sums = 0, [], Sums()
+    within, shares = 0, {}
     for rank, forwards in enumerate(deal(x_ND)):
         rows = torch.cat(forwards).double()
-        scatter, nu = two_pass_scatter(rows), len(rows) - 1
+        scatter = two_pass_scatter(rows)
         within = within + scatter
-        means.append(RankMean(rank, len(rows), rows.mean(0)))
-        trace = scatter.trace().item()
-        sums = sums.plus(Sums(nu, nu * nu, trace, trace**2, scatter.square().sum().item()))
-    return Group(width=WIDTH, within=pack(within), means=means, sums=sums, finite=True)
+        shares[rank] = Share(
+            tokens=len(rows),
+            mean=rows.mean(0),
+            rows={rank: (0, WIDTH)},
+            trace=scatter.trace().item(),
+            frobenius_sq=scatter.square().sum().item(),
+        )
+    return Group(width=WIDTH, within=pack(within), shares=shares)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.2, 2.0])

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 import pickle
 import warnings
@@ -6,13 +7,28 @@ import warnings
 import pytest
 import torch
 from eigenwatch.schemas import packed_length
-from eigenwatch.spectrum import Group, merge, unpack
+from eigenwatch.spectrum import Group, hard_rank_corrected, merge, unpack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .cases import KEY, partial_of, property_test, samples, two_pass_covariance, two_pass_scatter
+from .cases import KEY, blocks_of, partial_of, property_test, samples, two_pass_covariance, two_pass_scatter
 
 rank_samples = st.lists(samples(width=6, max_tokens=12), min_size=1, max_size=6)
+
+
+@st.composite
+def dealt(draw, width=6, min_tokens=0):
+    """Rows of some shares, and their partials in any order, some shares dealt out to a tensor-parallel group."""
+    shares, partials = [], []
+    rank = 0
+    for tokens in draw(st.lists(st.integers(min_tokens, 12), min_size=1, max_size=4)):
+        x_ND = draw(samples(width, min_tokens=tokens, max_tokens=tokens)) if tokens else torch.empty(0, width)
+        parallel = draw(st.integers(1, 4))
+        ranks = draw(st.permutations(range(rank, rank + parallel)))
+        shares.append(x_ND)
+        partials += blocks_of(partial_of(x_ND), ranks)
+        rank += parallel
+    return shares, draw(st.permutations(partials))
 
 
 def partials_of(ranks):
@@ -27,9 +43,12 @@ def assert_same(group, other, reference):
     """Equal up to rounding in float64, measured against the deviations of the features."""
     assert group.tokens == other.tokens
     assert group.ranks == other.ranks
-    assert (group.sums.nu, group.sums.nu_sq) == (other.sums.nu, other.sums.nu_sq)
-    assert group.sums.trace_sq == pytest.approx(other.sums.trace_sq, rel=1e-12)
-    assert group.sums.frobenius_sq == pytest.approx(other.sums.frobenius_sq, rel=1e-12)
+    assert group.shares.keys() == other.shares.keys()
+    for number, share in group.shares.items():
+        same = other.shares[number]
+        assert (share.tokens, share.rows, share.finished) == (same.tokens, same.rows, same.finished)
+        assert share.trace == pytest.approx(same.trace, rel=1e-12)
+        assert share.frobenius_sq == pytest.approx(same.frobenius_sq, rel=1e-12)
     scale = reference.diagonal().max()
     assert (group.scatter() - other.scatter()).abs().max() <= 1e-12 * scale
 
@@ -73,6 +92,91 @@ def test_groups_may_be_merged_before_they_are_merged(ranks, data):
 
 
 @property_test
+@given(dealt())
+def test_blocks_and_shares_in_any_order_give_the_covariance_of_all_tokens(dealt):
+    shares, partials = dealt
+    group = merge(partials)
+    x_ND = torch.cat(shares)
+    assert group.tokens == len(x_ND)
+    assert group.ranks == {partial.rank for partial in partials}
+    if len(x_ND):
+        assert_covariance_of(x_ND, group.covariance())
+        assert group.total_variance == pytest.approx(group.covariance().trace().item(), rel=1e-6, abs=1e-300)
+        whole = merge(partial_of(rows, rank=rank) for rank, rows in enumerate(shares))
+        assert hard_rank_corrected(group).method == hard_rank_corrected(whole).method
+    for share in group.shares.values():
+        assert share.finished
+        assert not share.blocks, "nothing waits any more"
+
+
+@property_test
+@given(dealt(min_tokens=1), st.data())
+def test_blocks_of_one_share_may_come_in_several_groups(dealt, data):
+    shares, partials = dealt
+    dealt_to = [data.draw(st.integers(0, 2)) for _ in partials]
+    groups = [merge(p for p, to in zip(partials, dealt_to, strict=True) if to == g) for g in sorted(set(dealt_to))]
+    before = [copy.deepcopy(group) for group in groups[1:]]
+    group = groups[0]
+    for other in groups[1:]:
+        group.add_(other)
+    assert_same(group, merge(partials), two_pass_scatter(torch.cat(shares)))
+    for other, old in zip(groups[1:], before, strict=True):
+        assert other.ranks == old.ranks
+        assert torch.equal(other.within, old.within), "what is added stays as it was"
+
+
+def test_a_share_counts_once_all_of_its_rows_are_there():
+    whole, shared = torch.randn(20, 300), 3 + torch.randn(30, 300)
+    group = merge([partial_of(whole, rank=9)])
+    *first, last = blocks_of(partial_of(shared), (0, 1, 2))
+    for block in first:
+        group.add_(block)
+        assert group.tokens == 20
+        assert_covariance_of(whole, group.covariance())
+    assert group.ranks == {0, 1, 9}
+    group.add_(last)
+    assert group.tokens == 50
+    assert_covariance_of(torch.cat([whole, shared]), group.covariance())
+
+
+def test_what_waits_for_other_blocks_takes_memory_and_is_let_go_when_they_have_come():
+    upper, lower = blocks_of(partial_of(torch.randn(20, 300)), (0, 1))
+    group = Group.of(upper)
+    assert group.tokens == 0
+    assert group.finished == []
+    assert group.nbytes == upper.scatter.nbytes + 8 * 300
+    group.add_(lower)
+    assert group.nbytes == 8 * packed_length(300) + 8 * 300
+
+
+def test_a_share_without_tokens_has_come_and_changes_nothing():
+    nothing = partial_of(torch.empty(0, 6), rank=1)
+    group = merge([nothing])
+    assert (group.tokens, len(group.finished), group.finite) == (0, 1, True)
+    assert hard_rank_corrected(group) == (None, None)
+    x_ND = torch.randn(20, 6)
+    group.add_(partial_of(x_ND, rank=0))
+    assert group.ranks == {0, 1}
+    alone = merge([partial_of(x_ND, rank=0)])
+    assert torch.equal(group.covariance(), alone.covariance())
+    assert group.total_variance == alone.total_variance
+    assert hard_rank_corrected(group) == hard_rank_corrected(alone), "no second sample"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_block_that_is_not_finite_makes_the_group_so_before_its_share_is_finished(order):
+    x_ND = torch.randn(20, 6)
+    blocks = [blocks_of(partial_of(x_ND), (0, 1))[0], blocks_of(not_finite(tokens=20), (0, 1))[1]]
+    assert not Group.of(blocks[1]).finite
+    group = merge(blocks[index] for index in order)
+    group.add_(partial_of(torch.randn(4, 6), rank=7))
+    assert not group.finite
+    assert group.tokens == 24
+    assert group.within.numel() == 0
+    assert all(not share.blocks for share in group.shares.values())
+
+
+@property_test
 @given(samples(width=6, min_tokens=2, max_tokens=40), st.data())
 def test_how_tokens_are_dealt_to_ranks_does_not_matter(x_ND, data):
     cut = data.draw(st.integers(1, len(x_ND) - 1))
@@ -88,7 +192,6 @@ def test_a_partial_that_is_not_finite_marks_the_group_and_poisons_nothing(ranks,
     assert not group.finite
     assert group.tokens == sum(map(len, ranks)) + 5
     assert group.ranks == {*range(len(ranks)), 9}
-    assert math.isfinite(group.sums.trace)
     assert group.within.numel() == 0
 
 
@@ -185,3 +288,21 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_added():
             group.add_(Group.of(other))
     assert group.tokens == 4
     assert torch.equal(group.covariance(), merge([partial]).covariance())
+
+
+def test_a_block_that_contradicts_its_share_is_refused_and_nothing_is_added():
+    x_ND = torch.randn(9, 6)
+    first, second, third = blocks_of(partial_of(x_ND), (4, 5, 6))
+    group = merge([first, second])
+    for other, message in (
+        (dataclasses.replace(third, tokens=8), "share 4 speak of 9 and of 8 tokens"),
+        (dataclasses.replace(first, rank=7), r"rows \[0, 2\) of share 4"),
+        (dataclasses.replace(third, rows=(3, 5), rank=7), r"rows \[3, 5\) of share 4"),
+        (second, "rank 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            group.add_(other)
+        with pytest.raises(ValueError, match=message):
+            group.add_(Group.of(other))
+    assert group.ranks == {4, 5}
+    assert_covariance_of(x_ND, group.add_(third).covariance())

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from eigenwatch.schemas import packed_length
+from eigenwatch.schemas import packed_length, packed_offset
 from eigenwatch.spectrum import Moments, moments, unpack
 from hypothesis import given
 from hypothesis import strategies as st
@@ -127,3 +127,24 @@ def test_the_job_keeps_its_choice_of_product_precision_and_the_scatter_does_not_
         torch.set_float32_matmul_precision(before)
     error = (scatter_of(accumulated) - two_pass_scatter(x_ND)).abs().max()
     assert error <= 2e-6 * 1024
+
+
+def test_rows_of_which_the_pilot_saw_the_worst_cost_little_accuracy():
+    """Massive activations, as of first tokens, exactly where the pilot looks: n·δδᵀ is bounded by n/PILOT_ROWS·S."""
+    x_ND = torch.randn(4096, 8, generator=torch.Generator().manual_seed(0))
+    x_ND[:: 4096 // moments.PILOT_ROWS, 0] += 1e4
+    reference = two_pass_scatter(x_ND)
+    deviation = reference.diagonal().sqrt()
+    error = (scatter_of(accumulate(x_ND)) - reference).abs()
+    assert (error <= 1e-5 * deviation[:, None] * deviation).all()
+
+
+@pytest.mark.parametrize("rows", [(0, 300), (0, 100), (100, 256), (200, 600), (256, 512), (599, 600), (40, 40)])
+def test_a_block_of_rows_is_that_part_of_the_triangle(rows):
+    forwards = [torch.randn(50, 600, generator=torch.Generator().manual_seed(k)) + k for k in range(2)]
+    whole, block = accumulate(*forwards), Moments(600, rows=rows)
+    for x_ND in forwards:
+        block.add(x_ND)
+    start, stop = (packed_offset(600, row) for row in rows)
+    assert torch.equal(block.mean, whole.mean)
+    torch.testing.assert_close(block.scatter, whole.scatter[start:stop], rtol=1e-5, atol=1e-4)

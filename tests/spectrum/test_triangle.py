@@ -1,7 +1,13 @@
+import itertools
+
 import pytest
 import torch
-from eigenwatch.schemas import packed_length
+from eigenwatch.schemas import packed_length, packed_offset
 from eigenwatch.spectrum import pack, tile_views, trace_and_frobenius_sq, unpack
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .cases import property_test
 
 WIDTHS = (1, 2, 255, 256, 257, 512, 600)
 
@@ -42,6 +48,18 @@ def test_trace_and_frobenius_norm_count_every_entry_once(width, dtype):
     trace, frobenius_sq = trace_and_frobenius_sq(pack(matrix), width)
     assert trace == pytest.approx(matrix.double().trace().item(), rel=1e-12, abs=1e-10)
     assert frobenius_sq == pytest.approx(matrix.double().square().sum().item(), rel=1e-12)
+
+
+@property_test
+@given(st.sampled_from(WIDTHS[2:]), st.data())
+def test_blocks_of_rows_add_up_to_the_trace_and_norm_of_the_whole(width, data):
+    cuts = data.draw(st.lists(st.integers(1, width - 1), max_size=4, unique=True))
+    packed = pack(symmetric(width))
+    sums = torch.zeros(2, dtype=torch.float64)
+    for rows in itertools.pairwise([0, *sorted(cuts), width]):
+        block = packed[packed_offset(width, rows[0]) : packed_offset(width, rows[1])]
+        sums += torch.tensor(trace_and_frobenius_sq(block, width, rows), dtype=torch.float64)
+    assert sums.tolist() == pytest.approx(trace_and_frobenius_sq(packed, width), rel=1e-12, abs=1e-9)
 
 
 def test_sums_of_float32_do_not_overflow():
