@@ -24,23 +24,17 @@ class EigenwatchCallback(TrainerCallback):
 
     Args:
         run_id: name of the training job; default: the `run_name` of the training arguments, else their `output_dir`.
-        every: sample each N-th optimizer step.
         mask_argument: keyword of the model's forward whose zeros mark padding, which is not counted; None counts all.
-        options: whatever else `attach` accepts: `store`, `aggregator`, `layers`, `tags`, ….
+        options: whatever else `attach` accepts: `every`, `store`, `aggregator`, `layers`, `tags`, ….
     """
 
     def __init__(
-        self,
-        *,
-        run_id: str | None = None,
-        every: int = 100,
-        mask_argument: str | None = "attention_mask",
-        **options: Any,
+        self, *, run_id: str | None = None, mask_argument: str | None = "attention_mask", **options: Any
     ) -> None:
         self.agent: Agent | None = None
         """While a training is under way."""
         self._run_id = run_id
-        self._options = {"every": every, "mask_argument": mask_argument, **options}
+        self._options = {"mask_argument": mask_argument, **options}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -23,14 +23,15 @@ class EigenwatchCallback(Callback):
 
     Args:
         run_id: name of the training job.
-        every: sample each N-th optimizer step.
-        options: whatever else `attach` accepts: `store`, `aggregator`, `layers`, `tags`, ….
+        options: whatever else `attach` accepts: `every`, `store`, `aggregator`, `layers`, `tags`, ….
+
+    Where batches are padded, call `callback.agent.mask(mask)` in `training_step` before the forward.
     """
 
-    def __init__(self, *, run_id: str, every: int = 100, **options: Any) -> None:
+    def __init__(self, *, run_id: str, **options: Any) -> None:
         self.agent: Agent | None = None
         """While a training is under way."""
-        self._options = {"run_id": run_id, "every": every, **options}
+        self._options = {"run_id": run_id, **options}
         self._optimizer_steps = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
