@@ -38,9 +38,9 @@ class InlineAggregator:
         self._shard.open_run(run.to_wire(), attempt)
         return attempt
 
-    def push(self, header: dict[str, Any], mean: NDArray[np.float64], scatter: NDArray[np.float32]) -> PushReply:
+    def push(self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any]) -> PushReply:
         """Merges a partial; waits while the shard is busy, which holds up the outbox's thread only."""
-        while (reply := self._shard.push(header, mean, scatter)).status == "busy":
+        while (reply := self._shard.push(header, mean, payload)).status == "busy":
             time.sleep(0.05)
         return reply
 

@@ -10,12 +10,15 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from ..schemas import PartialCovariance, RecordKey
+from ..schemas import SCATTER, PartialCovariance, RecordKey, packed_length
 from ..spectrum import Group
 
-Merged = Literal["merged", "duplicate", "busy"]
+TurnedAway = Literal["duplicate", "busy"]
 Launch = tuple[str, int]
 """(run_id, attempt)"""
+
+MIXED = "mixed"
+"""The form of a record whose partials came in both."""
 
 
 class ClosedRecord(NamedTuple):
@@ -23,8 +26,11 @@ class ClosedRecord(NamedTuple):
 
     key: RecordKey
     group: Group
-    captured_at: float
     ranks_expected: int
+    captured_at: float
+    form: str
+    sampling_steps: int | None
+    overhead_ratio: float | None
 
     @property
     def complete(self) -> bool:
@@ -34,11 +40,42 @@ class ClosedRecord(NamedTuple):
 @dataclass(slots=True)
 class _Open:
     group: Group
-    captured_at: float
     ranks_expected: int
     deadline: float
-    waiting: bool = field(default=True)
+    waiting: bool = True
     """False between closing and the answer that the record is durable, when the group must not change."""
+    solved: bool = False
+    ranks: set[int] = field(default_factory=set)
+    captured_at: float = 0.0
+    forms: set[str] = field(default_factory=set)
+    sampling_steps: int | None = None
+    overhead_ratio: float | None = None
+
+    @property
+    def complete(self) -> bool:
+        return len(self.ranks) == self.ranks_expected
+
+    def add(self, partial: PartialCovariance, form: str) -> None:
+        self.group.add_(partial)
+        self.ranks.add(partial.rank)
+        self.captured_at = max(self.captured_at, partial.captured_at)
+        if partial.tokens:  # none look the same in either form
+            self.forms.add(form)
+        if partial.sampling_steps is not None:
+            self.sampling_steps = max(self.sampling_steps or 0, partial.sampling_steps)
+        if partial.overhead_ratio is not None:
+            self.overhead_ratio = max(self.overhead_ratio or 0.0, partial.overhead_ratio)
+
+    def closed(self, key: RecordKey) -> ClosedRecord:
+        return ClosedRecord(
+            key,
+            self.group,
+            self.ranks_expected,
+            self.captured_at,
+            MIXED if len(self.forms) > 1 else next(iter(self.forms), SCATTER),
+            self.sampling_steps,
+            self.overhead_ratio,
+        )
 
 
 class OpenRecords:
@@ -58,31 +95,49 @@ class OpenRecords:
     def __contains__(self, key: RecordKey) -> bool:
         return key in self._open
 
-    def merge(self, partial: PartialCovariance, ranks_expected: int, now: float) -> Merged:
-        """Adds a partial to its group; the same rank twice counts once."""
-        key = partial.key
+    def unsolved(self, key: RecordKey) -> bool:
+        """Whether something of this record has come that is still to be solved."""
         entry = self._open.get(key)
-        if entry is not None and (partial.rank in entry.group.ranks or not entry.waiting):
-            return "duplicate" if partial.rank in entry.group.ranks else "busy"
-        if entry is None and key in self._late:
-            if partial.rank in self._late[key].group.ranks:
-                return "duplicate"
-            entry = self._late.pop(key)
-            entry.waiting, entry.deadline = True, now + self._deadline_seconds
-            self._open[key] = entry
+        return entry is not None and not entry.solved
+
+    def turned_away(self, key: RecordKey, rank: int, width: int) -> TurnedAway | None:
+        """The answer to a partial that cannot be merged now; None where `merge` would take it."""
+        entry = self._open.get(key)
+        if entry is not None:
+            return "duplicate" if rank in entry.ranks else None if entry.waiting else "busy"
+        if key in self._late:
+            return "duplicate" if rank in self._late[key].ranks else None
+        held = self._bytes - sum(late.group.nbytes for late in self._late.values())  # those give way
+        return "busy" if held and held + _group_bytes(width) > self._memory_bytes else None
+
+    def merge(
+        self, partial: PartialCovariance, ranks_expected: int, now: float, form: str = SCATTER
+    ) -> TurnedAway | Literal["merged"]:
+        """Adds a partial to its group; the same rank twice counts once.
+
+        Args:
+            partial: what came, as a scatter.
+            ranks_expected: how many ranks make the record complete.
+            now: on any clock, the same for all calls.
+            form: in which the partial came.
+
+        Raises:
+            ValueError: it contradicts another block of its share.
+        """
+        key = partial.key
+        answer = self.turned_away(key, partial.rank, partial.width)
+        if answer is not None:
+            return answer
+        entry = self._open.get(key) or self._late.get(key)
         if entry is None:
-            group = Group.of(partial)
-            self._forget_late(group.nbytes)
-            if self._open and self._bytes + group.nbytes > self._memory_bytes:
-                return "busy"
-            self._bytes += group.nbytes
-            deadline = now + self._deadline_seconds
-            self._open[key] = _Open(group, partial.captured_at, ranks_expected, deadline)
-            return "merged"
-        self._bytes -= entry.group.nbytes
-        entry.group.add_(partial)
-        self._bytes += entry.group.nbytes
-        entry.captured_at = max(entry.captured_at, partial.captured_at)
+            self._forget_late(_group_bytes(partial.width))
+            entry = _Open(Group(width=partial.width), ranks_expected, now + self._deadline_seconds)
+        before = entry.group.nbytes
+        entry.add(partial, form)
+        self._bytes += entry.group.nbytes - before
+        if self._late.pop(key, None) is not None:
+            entry.waiting, entry.solved, entry.deadline = True, False, now + self._deadline_seconds
+        self._open[key] = entry
         return "merged"
 
     def close_due(self, now: float, everything: bool = False) -> list[ClosedRecord]:
@@ -90,17 +145,24 @@ class OpenRecords:
         due = [
             (key, entry)
             for key, entry in self._open.items()
-            if entry.waiting and (everything or len(entry.group.ranks) == entry.ranks_expected or now >= entry.deadline)
+            if entry.waiting and (everything or entry.complete or now >= entry.deadline)
         ]
         for _, entry in due:
             entry.waiting = False
-        closed = [ClosedRecord(key, entry.group, entry.captured_at, entry.ranks_expected) for key, entry in due]
-        return sorted(closed, key=lambda one: (one.key.step, one.key.layer))
+        return sorted((entry.closed(key) for key, entry in due), key=lambda one: (one.key.step, one.key.layer))
+
+    def solved(self, key: RecordKey) -> None:
+        """A closed record is solved: of a complete one the ranks are enough, until it is durable."""
+        entry = self._open[key]
+        entry.solved = True
+        if entry.complete:
+            self._bytes -= entry.group.nbytes
+            entry.group = Group(width=entry.group.width)
 
     def settled(self, key: RecordKey, keep: bool = True) -> None:
         """A closed record is durable: its group goes, or waits for late ranks if it is incomplete and `keep`."""
         entry = self._open.pop(key)
-        if keep and len(entry.group.ranks) < entry.ranks_expected:
+        if keep and not entry.complete:
             self._late[key] = entry
             self._forget_late(0)
         else:
@@ -115,3 +177,8 @@ class OpenRecords:
         while self._late and self._bytes + needed > self._memory_bytes:
             _, entry = self._late.popitem(last=False)
             self._bytes -= entry.group.nbytes
+
+
+def _group_bytes(width: int) -> int:
+    """Of a group with one share: the triangle and a mean."""
+    return 8 * (packed_length(width) + width)

@@ -14,7 +14,7 @@ import uuid
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,17 +26,22 @@ from ..schemas import (
     METRIC_NAMES,
     RECORDS,
     LayerDescription,
+    Partial,
     PartialCovariance,
     PartialRefused,
+    PartialSamples,
     RecordKey,
     RunDescription,
     SeriesKey,
     WirePartial,
+    partial_from_wire,
     table_folder,
 )
 from ..schemas.delivery import Durability, PushReply
+from ..spectrum import covariance_of
 from .judge import Judge
 from .open_records import ClosedRecord, Launch, OpenRecords
+from .site_pairs import SitePairs, sibling_of
 from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, RunCounters, ShardSnapshot
 from .solved_record import SolvedRecord, rows_by_table, solve_record
 from .solver import Solver, SolverConfig
@@ -66,11 +71,6 @@ class ShardLimits:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
-class _Unwritten(NamedTuple):
-    solved: SolvedRecord
-    alerts: list[dict[str, Any]]
-
-
 class Shard:
     """The state of one shard; `close` writes everything it holds."""
 
@@ -91,7 +91,8 @@ class Shard:
         self._solve_seconds = Histogram.empty(SOLVE_BOUNDS)
         self._latency_seconds = Histogram.empty(LATENCY_BOUNDS)
         self._backlog: deque[ClosedRecord] = deque()
-        self._unwritten: list[_Unwritten] = []
+        self._pairs = SitePairs(limits.deadline_seconds)
+        self._unwritten: list[SolvedRecord] = []
         self._write_at = 0.0
         self._written_at = datetime.fromtimestamp(0, UTC)
         self._flushing = self._stopping = self._refused = False
@@ -112,10 +113,10 @@ class Shard:
                 self._durable[key] = max(ranks_seen, self._durable.get(key, 0))
             self._runs[launch] = {(layer.layer, layer.site, layer.expert): layer for layer in run.layers}
 
-    def push(self, header: dict[str, Any], mean: NDArray[np.float64], scatter: NDArray[np.float32]) -> PushReply:
+    def push(self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any]) -> PushReply:
         """Merges one partial, given in its wire form."""
         try:
-            return self._merge(PartialCovariance.from_wire(WirePartial(header, mean, scatter)))
+            return self._take(partial_from_wire(WirePartial(header, mean, payload)))
         except PartialRefused as refused:
             return self._refuse(header, refused.reason, str(refused))
         except Exception as error:
@@ -166,39 +167,50 @@ class Shard:
     def _unfinished(self) -> int:
         return len(self._open)  # a record is open until it is durable
 
-    def _merge(self, partial: PartialCovariance) -> PushReply:
-        key = partial.key
+    def _take(self, partial: Partial) -> PushReply:
         with self._changed:
-            layers = self._runs.get((key.run_id, key.attempt))
-            if layers is None:
-                return PushReply("unknown_run", self.incarnation)
-            layer = layers.get((key.layer, key.site, key.expert))
-            if layer is None or partial.rank not in layer.ranks:
-                raise PartialRefused(
-                    "unexpected",
-                    f"run {key.run_id} announced no layer {key.layer} ({key.site}) on rank {partial.rank}",
-                )
-            if partial.width != layer.width:
-                raise PartialRefused(
-                    "width",
-                    f"layer {key.layer} of run {key.run_id} has width {layer.width}, got {partial.width}",
-                )
-            if self._durable.get(key) == len(layer.ranks):
-                self._duplicated[key.run_id] += 1
-                return PushReply("durable", self.incarnation)
-            merged = self._open.merge(partial, len(layer.ranks), time.monotonic())
-            if merged == "merged":
-                self._received[key.run_id] += 1
-                self._changed.notify_all()
-            elif merged == "duplicate":
-                self._duplicated[key.run_id] += 1
-            return PushReply(merged, self.incarnation)
+            turned_away = self._turned_away(partial)
+        if turned_away is not None:
+            return turned_away
+        # The scatter of rows is a product of matrices: pushes of other ranks go on meanwhile.
+        covariance = covariance_of(partial) if isinstance(partial, PartialSamples) else partial
+        with self._changed:
+            return self._turned_away(partial) or self._merge(covariance, partial.form)
+
+    def _turned_away(self, partial: Partial) -> PushReply | None:
+        """The answer to a partial that is not to be merged; None for one that is."""
+        key = partial.key
+        layers = self._runs.get((key.run_id, key.attempt))
+        if layers is None:
+            return PushReply("unknown_run", self.incarnation)
+        layer = _announced(layers, partial)
+        if self._durable.get(key) == len(layer.ranks):
+            self._duplicated[key.run_id] += 1
+            return PushReply("durable", self.incarnation)
+        answer = self._open.turned_away(key, partial.rank, partial.width)
+        if answer == "duplicate":
+            self._duplicated[key.run_id] += 1
+        return None if answer is None else PushReply(answer, self.incarnation)
+
+    def _merge(self, partial: PartialCovariance, form: str) -> PushReply:
+        key = partial.key
+        layer = self._runs[(key.run_id, key.attempt)][(key.layer, key.site, key.expert)]
+        try:
+            merged = self._open.merge(partial, len(layer.ranks), time.monotonic(), form)
+        except ValueError as error:
+            raise PartialRefused("contradiction", str(error)) from None
+        assert merged == "merged", "what is turned away was turned away before"
+        self._received[key.run_id] += 1
+        self._changed.notify_all()
+        return PushReply(merged, self.incarnation)
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._backlog.extend(self._open.close_due(time.monotonic(), everything=self._flushing))
                 closed = self._backlog.popleft() if self._backlog else None
+                ending = self._flushing or self._stopping
+                self._ready(self._pairs.overdue(time.monotonic(), everything=ending and closed is None))
                 idle = closed is None and not self._write_due()
                 if idle and self._stopping:
                     return
@@ -236,7 +248,22 @@ class Shard:
             self._dropped[(closed.key.run_id, reason)] += ranks
             self._durable[closed.key] = max(ranks, self._durable.get(closed.key, 0))
             self._open.settled(closed.key)
+            self._ready(self._pairs.give_up(closed.key))
             self._changed.notify_all()
+
+    def _ready(self, solved: list[SolvedRecord]) -> None:
+        """Records that wait for nothing but the next file."""
+        if solved and not self._unwritten:
+            self._write_at = time.monotonic() + WRITE_SECONDS
+        self._unwritten.extend(solved)
+
+    def _sibling_comes(self, key: RecordKey) -> bool:
+        """Whether the other site of this record's layer is to be solved, or may be: nothing of it has come yet."""
+        sibling = sibling_of(key)
+        layers = self._runs.get((key.run_id, key.attempt), {})
+        if (sibling.layer, sibling.site, sibling.expert) not in layers:
+            return False
+        return self._open.unsolved(sibling) or (sibling not in self._open and sibling not in self._durable)
 
     def _solve(self, closed: ClosedRecord) -> None:
         key = closed.key
@@ -244,25 +271,26 @@ class Shard:
             # Only a late rank, after its record's group was given up: the stored record knows more.
             self._drop(closed, "late")
             return
+        if closed.group.finite and not closed.group.finished:
+            self._drop(closed, "incomplete_share")
+            return
         solved = solve_record(closed, self._solver)
         with self._changed:
-            if not self._unwritten:
-                self._write_at = time.monotonic() + WRITE_SECONDS
-            judged = solved.eigenvalues is not None
-            alerts = self._judge.judge(key, solved.row) if judged else []
-            self._unwritten.append(_Unwritten(solved, alerts))
+            if solved.eigenvalues is not None:  # now and not when it is written: a pair may wait, an alert need not
+                solved = solved._replace(alerts=tuple(self._judge.judge(key, solved.row)))
+            self._open.solved(key)
+            self._ready(self._pairs.join(solved, self._sibling_comes(key), time.monotonic()))
             self._solve_seconds = self._solve_seconds.observe(solved.row["solve_seconds"])
 
     def _write(self) -> None:
         """Writes what is solved, a file a table and run; what the store refuses waits for the next time."""
         self._written_at = max(datetime.now(UTC), self._written_at + timedelta(microseconds=1))
         self._refused = False
-        by_run: dict[str, list[_Unwritten]] = {}
+        by_run: dict[str, list[SolvedRecord]] = {}
         for one in self._unwritten:
-            by_run.setdefault(one.solved.key.run_id, []).append(one)
+            by_run.setdefault(one.key.run_id, []).append(one)
         for run_id, batch in by_run.items():
-            alerts = [row for one in batch for row in one.alerts]
-            tables = rows_by_table((one.solved for one in batch), alerts, self._written_at)
+            tables = rows_by_table(batch, self._written_at)
             try:
                 for table, rows in tables.items():
                     if rows:
@@ -272,7 +300,7 @@ class Shard:
                 self._refused = True
                 self._write_at = time.monotonic() + WRITE_SECONDS
                 continue
-            self._settle(run_id, [one.solved for one in batch])
+            self._settle(run_id, batch)
 
     def _settle(self, run_id: str, batch: list[SolvedRecord]) -> None:
         now = time.time()
@@ -291,7 +319,7 @@ class Shard:
             while len(self._durable) > REMEMBERED_RECORDS:
                 self._durable.popitem(last=False)
             self._written[run_id] += len(batch)
-            self._unwritten = [one for one in self._unwritten if one.solved.key.run_id != run_id]
+            self._unwritten = [one for one in self._unwritten if one.key.run_id != run_id]
             self._changed.notify_all()
 
     def _counters(self, run: str) -> RunCounters:
@@ -315,6 +343,35 @@ class Shard:
                 del self._dropped[name]
         self._judge.forget(gone)
         self._open.forget(gone)
+
+
+def _announced(layers: dict[tuple[int, str, int | None], LayerDescription], partial: Partial) -> LayerDescription:
+    """The layer of a partial, as its run announced it.
+
+    Raises:
+        PartialRefused: "unexpected" or "width", where the run announced something else.
+    """
+    key = partial.key
+    layer = layers.get((key.layer, key.site, key.expert))
+    block = None if layer is None else layer.block_of(partial.rank)
+    if layer is None or block is None:
+        expert = "" if key.expert is None else f", expert {key.expert}"
+        raise PartialRefused(
+            "unexpected",
+            f"run {key.run_id} announced no layer {key.layer} ({key.site}{expert}) on rank {partial.rank}",
+        )
+    if partial.width != layer.width:
+        raise PartialRefused(
+            "width",
+            f"layer {key.layer} of run {key.run_id} has width {layer.width}, got {partial.width}",
+        )
+    if (partial.share, partial.rows) != block:
+        raise PartialRefused(
+            "unexpected",
+            f"rank {partial.rank} of run {key.run_id} holds rows {block.rows} of share {block.share} of layer "
+            f"{key.layer}, got rows {partial.rows} of share {partial.share}",
+        )
+    return layer
 
 
 def _gauges(record: dict[str, Any]) -> dict[str, float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -31,7 +30,9 @@ class SolvedRecord(NamedTuple):
     row: dict[str, Any]
     """Of `records`, but for `written_at`."""
     eigenvalues: NDArray[np.float32] | None
-    """(D,) descending; None where the activations were not finite or no solver succeeded."""
+    """(D,) descending; None where the activations were not finite, there were none, or no solver succeeded."""
+    alerts: tuple[dict[str, Any], ...] = ()
+    """Rows of `alerts` that it causes, but for `written_at`."""
 
 
 def solve_record(closed: ClosedRecord, solver: Solver) -> SolvedRecord:
@@ -40,7 +41,7 @@ def solve_record(closed: ClosedRecord, solver: Solver) -> SolvedRecord:
     started = time.perf_counter()
     eigenvalues, path = None, None
     metrics: dict[str, Any] = dict.fromkeys((*METRIC_NAMES, "hard_rank_correction"))
-    if group.finite:
+    if group.finite and group.tokens:
         try:
             spectrum, path = solver.solve(group.covariance())
             metrics = measure(group, spectrum)
@@ -57,7 +58,9 @@ def solve_record(closed: ClosedRecord, solver: Solver) -> SolvedRecord:
         "complete": closed.complete,
         "ranks_seen": len(group.ranks),
         "ranks_expected": closed.ranks_expected,
-        "form": "scatter",
+        "form": closed.form,
+        "sampling_steps": closed.sampling_steps,
+        "overhead_ratio": closed.overhead_ratio,
         "solver": path,
         "solve_seconds": time.perf_counter() - started,
         "captured_at": datetime.fromtimestamp(closed.captured_at, UTC),
@@ -65,11 +68,8 @@ def solve_record(closed: ClosedRecord, solver: Solver) -> SolvedRecord:
     return SolvedRecord(key, row, eigenvalues)
 
 
-def rows_by_table(
-    solved: Iterable[SolvedRecord], alerts: list[dict[str, Any]], written_at: datetime
-) -> dict[str, list[dict[str, Any]]]:
+def rows_by_table(solved: list[SolvedRecord], written_at: datetime) -> dict[str, list[dict[str, Any]]]:
     """What to append to each table, in this order: the records come last, since they make the rest count."""
-    solved = list(solved)
     stamp = {"written_at": written_at}
     return {
         "eigenvalues": [
@@ -77,6 +77,6 @@ def rows_by_table(
             for one in solved
             if one.eigenvalues is not None
         ],
-        "alerts": [row | stamp for row in alerts],
+        "alerts": [row | stamp for one in solved for row in one.alerts],
         "records": [one.row | stamp for one in solved],
     }

@@ -38,5 +38,7 @@ DATA_QUALITY = (
     Metric("tokens_per_width", "Tokens divided by width; ranks are biased where it is small."),
     Metric("complete", "1 if every expected rank contributed to the last record."),
     Metric("finite", "1 if the activations of the last record were finite."),
+    Metric("sampling_steps", "Steps between two samples of this layer, as scheduled when it was last sampled."),
+    Metric("overhead_ratio", "Training time that the observation costs, amortised over all steps; the slowest rank."),
 )
 """Columns that say how far a record can be trusted; gauges too."""

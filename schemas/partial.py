@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,8 @@ class PartialCovariance(Origin):
     has an empty `scatter` too: it says that the rank saw none, as happens to experts, and is not to be waited for.
     """
 
+    form: ClassVar[str] = SCATTER
+
     rows: tuple[int, int]
     """Rows [start, stop) of the scatter that are here; (0, D) for the whole."""
     tokens: int
@@ -72,7 +74,7 @@ class PartialCovariance(Origin):
 
     def to_wire(self) -> WirePartial:
         header = self.origin_header() | {
-            "form": SCATTER,
+            "form": self.form,
             "width": self.width,
             "rows": list(self.rows),
             "tokens": self.tokens,
@@ -122,6 +124,8 @@ class PartialCovariance(Origin):
 class PartialSamples(Origin):
     """The activation rows of one share, as the training computed them; the aggregator forms the scatter."""
 
+    form: ClassVar[str] = SAMPLES
+
     samples: NDArray[Any]
     """(N, D) float32 or float16, or the bits of bfloat16 as uint16."""
 
@@ -145,7 +149,7 @@ class PartialSamples(Origin):
     def to_wire(self) -> WirePartial:
         (dtype,) = (name for name, dtype in ROWS_DTYPES.items() if dtype == self.samples.dtype)
         header = self.origin_header() | {
-            "form": SAMPLES,
+            "form": self.form,
             "width": self.width,
             "tokens": self.tokens,
             "dtype": dtype,

@@ -41,7 +41,9 @@ RECORDS = pa.schema(
         pa.field("complete", pa.bool_(), nullable=False),
         pa.field("ranks_seen", pa.int32(), nullable=False),
         pa.field("ranks_expected", pa.int32(), nullable=False),
-        pa.field("form", pa.string(), nullable=False),
+        pa.field("form", pa.string(), nullable=False),  # "scatter", "samples" or "mixed"
+        pa.field("sampling_steps", pa.int64()),
+        pa.field("overhead_ratio", pa.float64()),
         pa.field("solver", pa.string()),  # the path taken: "cpu-float64", "cuda-float32", …
         pa.field("solve_seconds", pa.float64(), nullable=False),
         pa.field("captured_at", _TIME, nullable=False),

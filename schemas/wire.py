@@ -22,7 +22,11 @@ MAX_TIME_SECONDS = 253_402_300_799.0
 """The year 9999."""
 MAX_RATIO = 1e6
 
-ROWS_DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+ROWS_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
 """How activation rows travel, by the name of the training's dtype: numpy has no bfloat16, so its bits go as uint16."""
 
 

@@ -18,9 +18,11 @@ from eigenwatch.schemas import (
     LayerDescription,
     PartialCovariance,
     PartialRefused,
+    PartialSamples,
     RecordKey,
     RunDescription,
     packed_length,
+    partial_from_wire,
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -73,6 +75,18 @@ def test_a_partial_that_is_not_finite_passes_through(spool):
     read = PartialCovariance.from_wire(spool.read(0))
     assert not read.finite
     assert_same(read, partial(finite=False))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint16"])
+def test_rows_pass_through_in_the_dtype_of_the_training(spool, dtype):
+    rows_ND = np.random.default_rng(0).integers(0, 1000, (5, WIDTH)).astype(dtype)
+    key = RecordKey("run", 0, 5, 0, "post", None)
+    spool.write(0, PartialSamples(key=key, rank=1, share=1, captured_at=1.5e9, samples=rows_ND, sampling_steps=20))
+    read = partial_from_wire(spool.read(0))
+    assert isinstance(read, PartialSamples)
+    assert (read.key, read.rank, read.share, read.sampling_steps) == (key, 1, 1, 20)
+    assert read.samples.dtype == dtype
+    assert np.array_equal(read.samples, rows_ND)
 
 
 def test_reading_maps_the_file_and_copies_nothing(spool):

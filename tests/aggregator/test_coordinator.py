@@ -54,6 +54,17 @@ def test_every_rank_of_a_launch_gets_the_same_answer(coordinator, tmp_path):
     assert story(tmp_path) == [(0, "a", "running")]
 
 
+def test_both_sites_and_all_experts_of_a_layer_have_one_owner(coordinator):
+    described = tuple(
+        dataclasses.replace(LAYERS[index], site=site, expert=expert)
+        for index in (3, 4)
+        for site in ("post", "pre")
+        for expert in (None, 0, 1)
+    )
+    owners = coordinator.open_run(launch("a", layers=described)).owners
+    assert owners == {3: "shard-0", 4: "shard-1"}
+
+
 def test_a_row_says_what_the_run_is(coordinator, tmp_path):
     coordinator.open_run(launch("a"))
     (row,) = rows(tmp_path)

@@ -11,7 +11,7 @@ from eigenwatch.schemas import PartialCovariance, RecordKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.spectrum.cases import partial_of, two_pass_covariance
+from tests.spectrum.cases import blocks_of, partial_of, two_pass_covariance
 
 WIDTH, DEADLINE = 6, 60.0
 GROUP_BYTES = 8 * (WIDTH * WIDTH + WIDTH)
@@ -205,11 +205,127 @@ def test_what_is_kept_for_late_ranks_goes_when_its_launch_ends():
     assert records.merge(partial(0, attempt=1), 2, 100.0) == "duplicate"
 
 
+def blocks(*ranks: int, step: int = 100) -> list[PartialCovariance]:
+    return blocks_of(partial(min(ranks), step), ranks)
+
+
+def test_a_record_of_blocks_closes_when_the_last_rank_has_come(records):
+    upper, lower = blocks(0, 1)
+    for one in (lower, partial(2)):
+        records.merge(one, 3, 0.0)
+        assert records.close_due(0.0) == []
+    records.merge(upper, 3, 0.0)
+    (closed,) = records.close_due(0.0)
+    assert closed.complete
+    assert closed.group.tokens == len(rows(0)) + len(rows(2))
+
+
+def test_an_unfinished_share_is_left_out_and_counts_when_the_rest_has_come_late(records):
+    upper, lower = blocks(0, 1)
+    records.merge(upper, 3, 0.0)
+    records.merge(partial(2), 3, 0.0)
+    (early,) = records.close_due(DEADLINE)
+    assert (early.complete, early.group.tokens) == (False, len(rows(2)))
+    torch.testing.assert_close(early.group.covariance(), two_pass_covariance(rows(2)), rtol=1e-5, atol=1e-5)
+    records.solved(KEY)
+    records.settled(KEY)
+    assert records.merge(lower, 3, 100.0) == "merged"
+    (late,) = records.close_due(100.0)
+    assert (late.complete, late.group.tokens) == (True, len(rows(0)) + len(rows(2)))
+
+
+def test_a_block_that_contradicts_its_share_leaves_the_record_as_it_was(records):
+    upper, lower = blocks(0, 1)
+    records.merge(upper, 2, 0.0)
+    records.close_due(DEADLINE)
+    records.settled(KEY)
+    with pytest.raises(ValueError, match="tokens"):
+        records.merge(dataclasses.replace(lower, tokens=3), 2, DEADLINE)
+    assert len(records) == 0, "it was not opened again"
+    records.merge(lower, 2, DEADLINE)
+    assert records.close_due(DEADLINE)[0].complete
+
+
+def test_a_rank_without_tokens_has_come(records):
+    records.merge(partial_of(torch.empty(0, WIDTH), rank=1, key=KEY), 2, 0.0)
+    assert records.close_due(0.0) == []
+    records.merge(partial(0), 2, 0.0)
+    (closed,) = records.close_due(0.0)
+    assert (closed.complete, closed.group.tokens) == (True, len(rows(0)))
+
+
+@pytest.mark.parametrize(
+    ("forms", "said"),
+    [
+        (["scatter", "scatter"], "scatter"),
+        (["samples", "samples"], "samples"),
+        (["scatter", "samples"], "mixed"),
+        (["samples", "nothing"], "samples"),
+        (["nothing", "nothing"], "scatter"),
+    ],
+)
+def test_a_record_says_in_which_form_its_tokens_came(records, forms, said):
+    for rank, form in enumerate(forms):
+        nothing = partial_of(torch.empty(0, WIDTH), rank=rank, key=KEY)
+        records.merge(nothing if form == "nothing" else partial(rank), 2, 0.0, form.replace("nothing", "scatter"))
+    assert records.close_due(0.0)[0].form == said
+
+
+def test_a_record_says_the_schedule_and_the_cost_of_its_slowest_rank(records):
+    for rank, cost in enumerate((0.01, None, 0.03, 0.02)):
+        one = dataclasses.replace(partial(rank), overhead_ratio=cost, sampling_steps=None if cost is None else 50)
+        records.merge(one, 4, 0.0)
+    records.merge(partial(0, step=200), 1, 0.0)
+    with_cost, without = records.close_due(0.0)
+    assert (with_cost.sampling_steps, with_cost.overhead_ratio) == (50, 0.03)
+    assert (without.sampling_steps, without.overhead_ratio) == (None, None)
+
+
+def test_a_complete_record_that_is_solved_takes_no_memory_and_still_knows_its_ranks():
+    records = OpenRecords(DEADLINE, GROUP_BYTES)
+    records.merge(partial(0), 1, 0.0)
+    records.close_due(0.0)
+    assert records.unsolved(KEY)
+    assert records.merge(partial(0, step=200), 1, 0.0) == "busy"
+    records.solved(KEY)
+    assert not records.unsolved(KEY)
+    assert records.merge(partial(0, step=200), 1, 0.0) == "merged"
+    assert records.merge(partial(0), 1, 0.0) == "duplicate"
+    assert KEY in records
+
+
+def test_an_incomplete_record_that_is_solved_keeps_what_a_late_rank_is_added_to():
+    records = OpenRecords(DEADLINE, GROUP_BYTES)
+    records.merge(partial(0), 2, 0.0)
+    records.close_due(DEADLINE)
+    records.solved(KEY)
+    assert records.merge(partial(0, step=200), 1, 0.0) == "busy"
+    records.settled(KEY)
+    records.merge(partial(1), 2, 100.0)
+    assert records.unsolved(KEY)
+    assert records.close_due(100.0)[0].group.tokens == len(rows(0)) + len(rows(1))
+
+
+def test_who_would_be_turned_away_can_be_asked_before_and_changes_nothing():
+    records = OpenRecords(DEADLINE, 2 * GROUP_BYTES)
+    for step in (1, 2):
+        records.merge(partial(0, step=step), 2, 0.0)
+    first, second = (KEY._replace(step=step) for step in (1, 2))
+    assert records.turned_away(first, 0, WIDTH) == "duplicate"
+    assert records.turned_away(first, 1, WIDTH) is None
+    assert records.turned_away(KEY, 0, WIDTH) == "busy"
+    for closed in records.close_due(DEADLINE):
+        assert records.turned_away(closed.key, 1, WIDTH) == "busy"
+        records.settled(closed.key)
+    assert records.turned_away(KEY, 0, WIDTH) is None, "late ones would give way"
+    assert records.turned_away(first, 0, WIDTH) == records.turned_away(second, 0, WIDTH) == "duplicate"
+
+
 events = st.lists(
     st.one_of(
         st.tuples(st.just("push"), st.integers(0, 3), st.integers(0, 2)),
         st.tuples(st.just("wait"), st.sampled_from([1.0, DEADLINE]), st.just(0)),
-        st.tuples(st.just("settle"), st.just(0), st.just(0)),
+        st.tuples(st.sampled_from(["solve", "settle"]), st.just(0), st.just(0)),
     ),
     max_size=40,
 )
@@ -230,6 +346,10 @@ def test_whatever_comes_in_whatever_order_no_rank_counts_twice_and_no_record_clo
                 assert rank in merged[first]
         elif what == "wait":
             now += first
+        elif what == "solve":
+            for closed in being_written:
+                if records.unsolved(closed.key):
+                    records.solved(closed.key)
         else:
             for closed in being_written:
                 records.settled(closed.key)

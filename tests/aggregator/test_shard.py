@@ -18,6 +18,7 @@ from eigenwatch.schemas import (
     METRIC_NAMES,
     LayerDescription,
     PartialCovariance,
+    PartialSamples,
     RecordKey,
     RunDescription,
     table_folder,
@@ -25,7 +26,7 @@ from eigenwatch.schemas import (
 from torch import Tensor
 
 from tests.processes import wait_until
-from tests.spectrum.cases import partial_of
+from tests.spectrum.cases import blocks_of, partial_of
 
 WIDTH = 12
 SOON, NEVER = 0.2, 3600.0
@@ -395,6 +396,262 @@ def test_a_layer_that_collapses_raises_an_alert_in_the_store_and_in_the_snapshot
     assert firing["evidence_steps"] == [0, 1, 2]
     assert (firing["step"], resolved["step"]) == (2, 5)
     assert firing["written_at"] in [row["written_at"] for row in stored(tmp_path)]
+
+
+SHARED = LayerDescription(layer=0, site="post", name="h.0", width=WIDTH, shares=((0, 1), (2,)))
+"""Ranks 0 and 1 hold the same tokens."""
+UPPER, LOWER = blocks_of(partial(0), (0, 1))
+
+
+def test_ranks_of_a_tensor_parallel_group_are_one_sample_of_the_record(open_shard, tmp_path):
+    shard = open_shard(run(SHARED))
+    assert push(shard, LOWER, partial(2), UPPER, UPPER) == ["merged", "merged", "merged", "duplicate"]
+    shard.flush(FLUSH_SECONDS)
+    (record,) = stored(tmp_path)
+    assert (record["tokens"], record["ranks_seen"], record["ranks_expected"]) == (80, 3, 3)
+    assert record["complete"]
+    x_ND = torch.cat([rows(0), rows(2)]).double()
+    assert record["hard_rank"] == pytest.approx(float(spectrum.hard_rank(spectrum.eigenvalues(torch.cov(x_ND.T)))))
+    whole = spectrum.merge([partial(0), partial(2)])
+    assert record["hard_rank_corrected"] == pytest.approx(spectrum.hard_rank_corrected(whole).value)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        partial(0),
+        dataclasses.replace(UPPER, rank=1),
+        dataclasses.replace(LOWER, rank=0),
+        dataclasses.replace(LOWER, share=1),
+        dataclasses.replace(UPPER, rows=(0, 5), scatter=UPPER.scatter[: 5 * WIDTH]),
+        dataclasses.replace(partial(2), share=0),
+    ],
+    ids=["the whole", "another's block", "another's block too", "another share", "fewer rows", "of another share"],
+)
+def test_a_block_that_the_run_did_not_announce_is_refused(open_shard, sent):
+    shard = open_shard(run(SHARED))
+    reply = shard.push(*sent.to_wire())
+    assert (reply.status, reply.reason) == ("refused", "unexpected")
+    assert f"rank {sent.rank} of run run holds rows" in reply.message
+    assert push(shard, UPPER, LOWER, partial(2)) == ["merged"] * 3
+
+
+def test_blocks_that_contradict_one_another_are_refused_and_counted(open_shard):
+    shard = open_shard(run(SHARED))
+    push(shard, UPPER)
+    reply = shard.push(*dataclasses.replace(LOWER, tokens=39).to_wire())
+    assert (reply.status, reply.reason) == ("refused", "contradiction")
+    assert "40 and of 39 tokens" in reply.message
+    assert push(shard, LOWER) == ["merged"]
+
+
+def test_a_record_without_the_rest_of_a_share_is_that_of_the_others(open_shard, tmp_path):
+    shard = open_shard(run(SHARED))
+    push(shard, UPPER, partial(2))
+    shard.flush(FLUSH_SECONDS)
+    (record,) = stored(tmp_path)
+    assert (record["tokens"], record["ranks_seen"], record["complete"]) == (40, 2, False)
+    true = spectrum.hard_rank(spectrum.eigenvalues(torch.cov(rows(2).double().T)))
+    assert record["hard_rank"] == pytest.approx(float(true))
+
+
+def test_a_record_of_which_no_share_is_whole_is_given_up_at_its_deadline_and_counted(open_shard, tmp_path):
+    shard = open_shard(run(SHARED), deadline_seconds=SOON)
+    push(shard, UPPER)
+    wait_until(lambda: shard.snapshot([]).counters["run"].dropped == (("incomplete_share", 1),), 15, "the loss")
+    assert durable(shard) == [True], "it is not to be kept any longer"
+    assert stored(tmp_path) == []
+    push(shard, LOWER)
+    shard.flush(FLUSH_SECONDS)
+    assert [record["tokens"] for record in stored(tmp_path)] == [40], "the rest came after all"
+
+
+def test_a_block_that_is_not_finite_is_a_record_even_if_its_share_is_never_whole(open_shard, tmp_path):
+    shard = open_shard(run(SHARED))
+    push(shard, blocks_of(broken(0), (0, 1))[1])
+    shard.flush(FLUSH_SECONDS)
+    (record,) = stored(tmp_path)
+    assert (record["finite"], record["complete"], record["tokens"]) == (False, False, 0)
+
+
+def nothing(rank: int, step: int = 100, **key: Any) -> PartialCovariance:
+    return partial_of(torch.empty(0, WIDTH), rank=rank, key=KEY._replace(step=step, **key))
+
+
+def test_an_expert_that_one_rank_saw_no_token_of_is_complete(open_shard, tmp_path):
+    shard = open_shard(run(layer(expert=3)))
+    assert push(shard, nothing(1, expert=3), partial(0, expert=3)) == ["merged", "merged"]
+    (record,) = wait_for_rows(tmp_path, 1)
+    assert (record["complete"], record["tokens"], record["expert"]) == (True, 40, 3)
+    assert record["hard_rank_correction"] == "gaussian", "one sample, not two"
+
+
+def test_an_expert_that_nobody_saw_a_token_of_is_a_record_without_metrics(open_shard, tmp_path):
+    shard = open_shard(run(layer(expert=3)))
+    push(shard, nothing(0, expert=3), nothing(1, expert=3))
+    (record,) = wait_for_rows(tmp_path, 1)
+    assert (record["complete"], record["finite"], record["tokens"]) == (True, True, 0)
+    assert [name for name in METRIC_NAMES if record[name] is not None] == []
+    assert record["solver"] is None
+    assert stored(tmp_path, "eigenvalues") == []
+    wait_until(lambda: durable(shard, KEY._replace(expert=3)) == [True], 5)
+    (latest,) = shard.snapshot([]).latest
+    assert (latest.values["tokens"], latest.values["finite"]) == (0, 1)
+
+
+def samples(rank: int, step: int = 100, dtype: torch.dtype = torch.float32, **fields: Any) -> PartialSamples:
+    x_ND = rows(rank, step).to(dtype)
+    array = (x_ND.view(torch.uint16) if dtype == torch.bfloat16 else x_ND).numpy()
+    key = KEY._replace(step=step)
+    return PartialSamples(key=key, rank=rank, share=rank, captured_at=1.0, samples=array, **fields)
+
+
+def test_rows_make_the_record_that_their_scatter_makes(open_shard, tmp_path):
+    shard = open_shard()
+    push(shard, partial(0), partial(1))
+    shard.flush(FLUSH_SECONDS)
+    shard.open_run(run().to_wire(), 1)
+    for rank in range(2):
+        header, mean, payload = samples(rank).to_wire()
+        assert shard.push(header | {"attempt": 1}, mean, payload).status == "merged"
+    shard.flush(FLUSH_SECONDS)
+    scatter, rows = stored(tmp_path)
+    assert (scatter["form"], rows["form"]) == ("scatter", "samples")
+    same = set(scatter) - {"form", "attempt", "written_at", "solve_seconds"}
+    assert {name: scatter[name] for name in same} == {name: rows[name] for name in same}
+    first, second = stored(tmp_path, "eigenvalues")
+    assert first["eigenvalues"] == second["eigenvalues"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_in_half_precision_are_exact_numbers(open_shard, tmp_path, dtype):
+    shard = open_shard()
+    assert push(shard, samples(0, dtype=dtype), partial(1)) == ["merged", "merged"]
+    shard.flush(FLUSH_SECONDS)
+    (record,) = stored(tmp_path)
+    assert record["form"] == "mixed"
+    x_ND = torch.cat([rows(0).to(dtype).double(), rows(1).double()])
+    assert record["total_variance"] == pytest.approx(float(torch.cov(x_ND.T).trace()), rel=1e-6)
+
+
+def test_rows_come_again_or_of_nobody_as_scatters_do(open_shard):
+    shard = open_shard()
+    assert push(shard, samples(0), samples(0), partial(0)) == ["merged", "duplicate", "duplicate"]
+    assert push(shard, samples(2)) == ["refused"]
+    assert shard.snapshot([]).counters["run"].received == 1
+
+
+def test_one_rank_of_a_tensor_parallel_group_does_not_send_rows(open_shard):
+    assert push(open_shard(run(SHARED)), samples(0), samples(2)) == ["refused", "merged"]
+
+
+def test_rows_that_are_not_finite_are_a_record_without_metrics(open_shard, tmp_path):
+    shard = open_shard()
+    bad = samples(0)
+    bad.samples[3, 2] = np.nan
+    push(shard, bad, samples(1))
+    shard.flush(FLUSH_SECONDS)
+    (record,) = stored(tmp_path)
+    assert (record["finite"], record["tokens"], record["hard_rank"]) == (False, 80, None)
+
+
+def test_schedule_and_cost_are_columns_and_gauges(open_shard, tmp_path):
+    shard = open_shard()
+    push(shard, samples(0, sampling_steps=50, overhead_ratio=0.002))
+    push(shard, dataclasses.replace(partial(1), sampling_steps=50, overhead_ratio=0.004))
+    push(shard, partial(0, step=50), partial(1, step=50))
+    shard.flush(FLUSH_SECONDS)
+    without, record = sorted(stored(tmp_path), key=lambda row: row["step"])
+    assert (record["sampling_steps"], record["overhead_ratio"]) == (50, 0.004)
+    assert (without["sampling_steps"], without["overhead_ratio"]) == (None, None)
+    (latest,) = shard.snapshot([]).latest
+    assert (latest.values["sampling_steps"], latest.values["overhead_ratio"]) == (50.0, 0.004)
+
+
+BOTH_SITES = run(layer(ranks=(0,)), layer(ranks=(0,), site="pre"))
+PRE = KEY._replace(site="pre")
+
+
+def at_pre(step: int = 100, tokens: int = 60) -> PartialCovariance:
+    return partial_of(rows(7, step, tokens), key=PRE._replace(step=step))
+
+
+@pytest.mark.parametrize("pre_first", [True, False])
+def test_both_sites_of_a_layer_know_how_far_their_spectra_lie_apart(open_shard, tmp_path, pre_first):
+    shard = open_shard(BOTH_SITES)
+    first, second = (at_pre(), partial(0)) if pre_first else (partial(0), at_pre())
+    push(shard, first)
+    wait_until(lambda: shard.snapshot([]).solve_seconds.counts[-1] == 1, 10, "the first to be solved")
+    push(shard, second)
+    records = wait_for_rows(tmp_path, 2)
+    post, pre = (spectrum.eigenvalues(torch.cov(x_ND.double().T)) for x_ND in (rows(0), rows(7, tokens=60)))
+    expected = pytest.approx(float(spectrum.js_divergence(pre, post)), rel=1e-4)
+    assert {record["site"]: record["js_divergence"] for record in records} == {"post": expected, "pre": expected}
+    assert records[0]["written_at"] == records[1]["written_at"]
+
+
+def test_a_record_that_waits_for_its_sibling_is_not_durable_and_comes_out_at_the_deadline(open_shard, tmp_path):
+    shard = open_shard(BOTH_SITES, deadline_seconds=4.0)
+    push(shard, partial(0))
+    wait_until(lambda: shard.snapshot([]).solve_seconds.counts[-1] == 1, 3, "it to be solved")
+    assert durable(shard) == [False]
+    assert push(shard, partial(0)) == ["duplicate"]
+    assert stored(tmp_path) == []
+    (record,) = wait_for_rows(tmp_path, 1)
+    assert (record["complete"], record["js_divergence"]) == (True, None)
+    wait_until(lambda: durable(shard) == [True], 5)
+    push(shard, at_pre())
+    shard.flush(FLUSH_SECONDS)
+    assert [row["js_divergence"] for row in stored(tmp_path)] == [None, None], "too late, and not lost"
+
+
+def test_the_sibling_of_a_record_that_waits_finds_room_however_little_memory_there_is(open_shard, tmp_path):
+    shard = open_shard(BOTH_SITES, memory_bytes=1)
+    push(shard, partial(0))
+    wait_until(lambda: push(shard, at_pre()) == ["merged"], 10, "room")
+    assert all(record["js_divergence"] for record in wait_for_rows(tmp_path, 2))
+
+
+@pytest.mark.parametrize("end", [Shard.flush, Shard.close])
+def test_flushing_does_not_wait_for_siblings(open_shard, tmp_path, end):
+    shard = open_shard(BOTH_SITES)
+    push(shard, partial(0), partial(0, step=200), at_pre(200))
+    wait_until(lambda: shard.snapshot([]).solve_seconds.counts[-1] == 3, 10, "all to be solved")
+    assert end(shard, FLUSH_SECONDS) == 0
+    assert {(row["step"], row["site"]): row["js_divergence"] is None for row in stored(tmp_path)} == {
+        (100, "post"): True,
+        (200, "post"): False,
+        (200, "pre"): False,
+    }
+
+
+def test_a_sibling_that_has_no_spectrum_or_is_given_up_leaves_the_record_alone(open_shard, tmp_path):
+    pre = dataclasses.replace(SHARED, site="pre")
+    shard = open_shard(run(layer(ranks=(0,)), pre), deadline_seconds=SOON)
+    bad = rows(0)
+    bad[0, 0] = math.nan
+    push(shard, partial(0), *blocks_of(partial_of(bad, key=PRE), (0, 1)), partial(2, site="pre"))
+    push(shard, partial(0, step=200), blocks_of(partial_of(rows(0), key=PRE._replace(step=200)), (0, 1))[0])
+    records = wait_for_rows(tmp_path, 3)
+    found = {(row["step"], row["site"]): row["js_divergence"] for row in records}
+    assert found == {(100, "post"): None, (100, "pre"): None, (200, "post"): None}
+    assert shard.snapshot([]).counters["run"].dropped == (("incomplete_share", 1),)
+
+
+def test_a_record_whose_sibling_is_durable_already_does_not_wait_for_it(open_shard, tmp_path):
+    shard = open_shard(run(layer(), layer(ranks=(0,), site="pre")))
+    push(shard, at_pre())
+    shard.flush(FLUSH_SECONDS)
+    push(shard, partial(0), partial(1))
+    assert len(wait_for_rows(tmp_path, 2)) == 2, "long before the deadline"
+
+
+def test_a_collapse_is_told_before_the_sibling_has_come(open_shard):
+    shard = open_shard(run(layer(ranks=(0,), width=64), layer(ranks=(0,), width=64, site="pre")))
+    flat = torch.randn(300, 1) * torch.ones(64) + 1e-3 * torch.randn(300, 64)
+    for step in range(3):
+        push(shard, partial_of(flat, key=KEY._replace(step=step)))
+    wait_until(lambda: [one.firing for one in shard.snapshot([]).alerts] == [True], 10, "the alert")
 
 
 def test_records_that_are_solved_together_share_a_file(open_shard, tmp_path):

@@ -7,14 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 from eigenwatch.schemas import (
+    ROWS_DTYPES,
     SITES,
     WIRE_VERSION,
     PartialCovariance,
     PartialRefused,
+    PartialSamples,
     RecordKey,
     WirePartial,
     check_run_id,
     packed_length,
+    packed_offset,
+    partial_from_wire,
+    payload_dtype,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +54,7 @@ def wire(mean: Any = MEAN, scatter: Any = SCATTER, **changes: Any) -> WirePartia
 
 def refusal(sent: WirePartial) -> PartialRefused:
     with pytest.raises(PartialRefused) as refused:
-        PartialCovariance.from_wire(sent)
+        partial_from_wire(sent)
     assert "\n" not in str(refused.value)
     return refused.value
 
@@ -85,6 +90,112 @@ def test_a_partial_that_is_not_finite_arrives_without_a_scatter(trace):
     assert refusal(wire(mean=mean, trace=trace)).reason == "malformed"
 
 
+ROWS = {
+    "float32": np.arange(12, dtype=np.float32),
+    "float16": np.arange(12, dtype=np.float16),
+    "bfloat16": np.arange(12, dtype=np.uint16),
+}
+SAMPLES_HEADER = {
+    **{name: value for name, value in HEADER.items() if name not in ("rows", "trace", "frobenius_sq")},
+    "form": "samples",
+    "tokens": 4,
+    "dtype": "float32",
+}
+NO_MEAN = np.empty(0)
+
+
+def wire_samples(mean: Any = NO_MEAN, rows: Any = None, **changes: Any) -> WirePartial:
+    header = SAMPLES_HEADER | changes
+    return WirePartial(header, mean, ROWS["float32"] if rows is None else rows)
+
+
+@pytest.mark.parametrize("dtype", ROWS)
+def test_rows_arrive_as_they_were_sent_and_without_a_copy(dtype):
+    rows_ND = ROWS[dtype].reshape(4, WIDTH)
+    sent = PartialSamples(
+        key=RecordKey("run", 1, 500, 3, "post", 2), rank=2, share=2, captured_at=1.5e9, samples=rows_ND
+    )
+    header, mean, flat = sent.to_wire()
+    assert (header["form"], header["dtype"], mean.size) == ("samples", dtype, 0)
+    assert payload_dtype(header) == flat.dtype == ROWS[dtype].dtype
+    arrived = partial_from_wire(WirePartial(json.loads(json.dumps(header)), mean, flat))
+    assert isinstance(arrived, PartialSamples)
+    assert arrived.fields() == sent.fields()
+    assert (arrived.tokens, arrived.width, arrived.rows, arrived.nbytes) == (4, WIDTH, (0, WIDTH), rows_ND.nbytes)
+    assert np.array_equal(arrived.samples, rows_ND)
+    assert np.shares_memory(arrived.samples, ROWS[dtype])
+
+
+@pytest.mark.parametrize("rows", [(0, 1), (1, 3), (2, 3)])
+def test_a_block_of_rows_carries_its_slice_and_the_whole_mean(rows):
+    slice_of = SCATTER[WIDTH * rows[0] : WIDTH * rows[1]]
+    arrived = partial_from_wire(wire(scatter=slice_of, rows=list(rows), share=0))
+    assert isinstance(arrived, PartialCovariance)
+    assert (arrived.rows, arrived.share, arrived.rank, arrived.width) == (rows, 0, 1, WIDTH)
+    assert refusal(wire(scatter=slice_of)).reason == "malformed"
+
+
+@pytest.mark.parametrize("rows", [[0, 3], [1, 2]])
+def test_a_rank_that_saw_no_token_says_so(rows):
+    header = {"tokens": 0, "trace": 0.0, "frobenius_sq": 0.0, "rows": rows}
+    arrived = partial_from_wire(wire(mean=np.zeros(WIDTH), scatter=NOTHING, **header))
+    assert (arrived.tokens, arrived.width, arrived.nbytes) == (0, WIDTH, 8 * WIDTH)
+    assert isinstance(arrived, PartialCovariance)
+    assert arrived.finite
+    for wrong in (
+        wire(mean=MEAN, scatter=NOTHING, **header),
+        wire(mean=np.zeros(WIDTH), **header),
+        wire(mean=np.zeros(WIDTH), scatter=NOTHING, **(header | {"trace": 1.0})),
+        wire(mean=np.zeros(WIDTH), scatter=NOTHING, **(header | {"trace": math.nan})),
+    ):
+        assert refusal(wrong).reason == "malformed"
+
+
+def test_rows_of_no_token_may_come():
+    assert partial_from_wire(wire_samples(rows=ROWS["float32"][:0], tokens=0)).tokens == 0
+
+
+@pytest.mark.parametrize("sent", [wire, wire_samples])
+def test_schedule_and_cost_may_be_left_out(sent):
+    without = partial_from_wire(sent())
+    assert (without.sampling_steps, without.overhead_ratio) == (None, None)
+    assert "sampling_steps" not in without.to_wire().header
+    with_both = partial_from_wire(partial_from_wire(sent(sampling_steps=1, overhead_ratio=0.0)).to_wire())
+    assert (with_both.sampling_steps, with_both.overhead_ratio) == (1, 0.0)
+    for wrong in (
+        {"sampling_steps": 0}, {"sampling_steps": 1.0}, {"sampling_steps": None}, {"overhead_ratio": -0.1},
+        {"overhead_ratio": 1}, {"overhead_ratio": math.nan}, {"overhead_ratio": math.inf},
+    ):  # fmt: skip
+        assert refusal(sent(**wrong)).reason == "malformed", wrong
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": 3}, {"tokens": 5}, {"tokens": -1}, {"width": 4}, {"width": 0}, {"dtype": "float64"}, {"dtype": None},
+        {"dtype": ["float32"]}, {"dtype": "bfloat16"}, {"form": "rows"}, {"form": None}, {"form": ["samples"]},
+        {"share": 2}, {"rank": -1}, {"mean": MEAN}, {"mean": None}, {"rows": ROWS["float16"]},
+        {"rows": ROWS["float32"].reshape(4, WIDTH)}, {"rows": ROWS["float32"].astype(">f4")}, {"rows": b""},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_rows_that_are_malformed_are_refused(changes):
+    assert refusal(wire_samples(**changes)).reason == "malformed"
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLES_HEADER.keys() - {"expert"}))
+def test_a_header_of_rows_that_lacks_something_is_refused(name):
+    header = {key: value for key, value in SAMPLES_HEADER.items() if key != name}
+    reason = refusal(WirePartial(header, NO_MEAN, ROWS["float32"])).reason
+    assert reason == ("version" if name == "version" else "malformed")
+
+
+@pytest.mark.parametrize("header", [{}, {"form": "rows"}, {"form": "samples", "dtype": "int8"}, [], None])
+def test_a_payload_of_which_nobody_says_what_it_is_is_refused(header):
+    with pytest.raises(PartialRefused, match="cannot be read"):
+        payload_dtype(header)
+
+
 @pytest.mark.parametrize("version", [WIRE_VERSION + 1, 0, -1, None, "1", 1.0])
 def test_a_newer_sender_is_told_from_a_malformed_partial(version):
     assert refusal(wire(version=version)).reason == "version"
@@ -95,7 +206,10 @@ def test_a_newer_sender_is_told_from_a_malformed_partial(version):
     [
         {"run_id": "a/b"}, {"run_id": None}, {"site": "middle"}, {"site": None}, {"site": ["post"]},
         {"attempt": -1}, {"step": -1}, {"layer": 1 << 63}, {"rank": True}, {"rank": 1.0}, {"rank": "1"},
-        {"expert": -1}, {"expert": "0"}, {"tokens": 0}, {"tokens": 2.5}, {"width": 0}, {"width": (1 << 17) + 1},
+        {"expert": -1}, {"expert": "0"}, {"tokens": 0}, {"tokens": 2.5}, {"share": 2}, {"share": -1},
+        {"rows": None}, {"rows": [0]}, {"rows": [0, 3, 3]}, {"rows": [0, 4]}, {"rows": [-1, 3]}, {"rows": [3, 3]},
+        {"rows": [2, 1]}, {"rows": [0, True]}, {"rows": [0.0, 3.0]}, {"rows": "03"}, {"rows": (0, 3)}, {"rows": [0, 2]},
+        {"form": "samples"}, {"form": None}, {"width": 0}, {"width": (1 << 17) + 1},
         {"trace": -1.0}, {"trace": 3}, {"frobenius_sq": -1.0}, {"frobenius_sq": math.nan}, {"captured_at": math.inf},
         {"captured_at": "now"}, {"mean": MEAN.astype(np.float32)}, {"mean": MEAN[:-1]}, {"mean": MEAN[None]},
         {"mean": np.array([0.0, np.nan, 0.0])}, {"mean": [0.0, 1.0, 2.0]}, {"mean": None}, {"mean": MEAN.astype(">f8")},
@@ -127,18 +241,22 @@ JUNK: tuple[Any, ...] = (
     -math.inf, "", "run", "a/b", "post", "pre", "x" * 128, "x" * 129, "3", b"", b"run", (), [], [1], {}, {"a": 1}, 1j,
     object, np.int64(1), np.float64(1.0), np.float32("nan"),
 )  # fmt: skip
+EVERYTHING = HEADER | SAMPLES_HEADER
 changes = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(sorted(HEADER)), st.sampled_from(JUNK)),
+        st.tuples(st.sampled_from([*sorted(EVERYTHING), "sampling_steps", "overhead_ratio"]), st.sampled_from(JUNK)),
         st.tuples(st.sampled_from(["trace", "frobenius_sq", "captured_at"]), st.floats()),
         st.tuples(st.sampled_from(["attempt", "step", "layer", "expert", "rank", "tokens"]), st.integers(0, 2**64)),
         st.tuples(st.just("width"), st.integers(1, 5)),
+        st.tuples(st.just("tokens"), st.integers(0, 5)),
+        st.tuples(st.just("rows"), st.lists(st.integers(-1, 6), max_size=3)),
+        st.tuples(st.just("dtype"), st.sampled_from(sorted(ROWS_DTYPES))),
         st.tuples(st.just("trace"), st.just(math.nan)),
         st.tuples(st.one_of(st.text(max_size=3), st.integers()), st.sampled_from(JUNK)),
     ),
     max_size=3,
 )
-removed = st.sampled_from([None] * 30 + sorted(HEADER))
+removed = st.sampled_from([None] * 30 + sorted(EVERYTHING))
 values = st.sampled_from([0.0, 1.0, -1.0, 1e38, np.nan, np.inf])
 lengths = st.sampled_from([None] * 6 + [0, 1, WIDTH, WIDTH + 1, WIDTH * WIDTH])
 """None: as the header says."""
@@ -155,13 +273,24 @@ def array(length: int, right: Any, value: float, asked_length: int | None, dtype
 @st.composite
 def wires(draw: st.DrawFn) -> WirePartial:
     """Partials in which a few things, or none, are not what they should be."""
-    header = HEADER | dict(draw(changes))
+    samples = draw(st.booleans())
+    header = (SAMPLES_HEADER if samples else HEADER) | dict(draw(changes))
     width = header["width"]
     width = width if type(width) is int and 1 <= width <= 5 else WIDTH
-    finite = type(header["trace"]) is not float or math.isfinite(header["trace"])
+    trace, tokens = header.get("trace"), header["tokens"]
+    finite = type(trace) is not float or math.isfinite(trace)
+    right = np.dtype(np.float32)
+    if samples:
+        length = width * tokens if type(tokens) is int and 0 <= tokens <= 5 else width
+        right = ROWS_DTYPES.get(header["dtype"] if isinstance(header["dtype"], str) else "", right)
+    else:
+        rows = header["rows"]
+        known = type(rows) is list and len(rows) == 2 and all(type(row) is int and 0 <= row <= width for row in rows)
+        length = packed_offset(width, rows[1]) - packed_offset(width, rows[0]) if known else packed_length(width)
+        length = max(length, 0) if finite and tokens else 0
     header.pop(draw(removed), None)
-    mean = array(width, np.float64, draw(values), draw(lengths), draw(dtypes))
-    scatter = array(packed_length(width) if finite else 0, np.float32, draw(values), draw(lengths), draw(dtypes))
+    mean = array(0 if samples else width, np.float64, draw(values), draw(lengths), draw(dtypes))
+    scatter = array(length, right, draw(values), draw(lengths), draw(dtypes))
     if draw(st.integers(0, 9)) == 0:
         mean = draw(wrong_arrays)
     return WirePartial(header, mean, scatter)
@@ -171,22 +300,35 @@ def wires(draw: st.DrawFn) -> WirePartial:
 @settings(deadline=None, max_examples=2000)
 def test_whatever_arrives_is_a_valid_partial_or_refused(sent):
     try:
-        partial = PartialCovariance.from_wire(sent)
+        partial = partial_from_wire(sent)
     except PartialRefused as refused:
         assert refused.reason in ("malformed", "version")  # noqa: PT017 - either outcome is right
         return
     key = partial.key
     assert check_run_id(key.run_id) == key.run_id
     assert key.site in SITES
-    for count in (key.attempt, key.step, key.layer, key.expert or 0, partial.rank, partial.tokens - 1):
+    counts = (key.attempt, key.step, key.layer, key.expert or 0, partial.rank, partial.share, partial.tokens)
+    for count in (*counts, partial.sampling_steps or 1):
         assert type(count) is int
         assert 0 <= count < 2**63
+    assert partial.share <= partial.rank
+    assert math.isfinite(partial.captured_at)
+    assert 0 <= (partial.overhead_ratio or 0.0) < math.inf
+    start, stop = partial.rows
+    assert 0 <= start < stop <= partial.width
+    if isinstance(partial, PartialSamples):
+        assert partial.samples.shape == (partial.tokens, partial.width)
+        assert partial.samples.dtype in ROWS_DTYPES.values()
+        return
     assert partial.mean.dtype == np.float64
     assert partial.mean.shape == (partial.width,)
     assert partial.scatter.dtype == np.float32
-    assert partial.scatter.shape == ((packed_length(partial.width),) if partial.finite else (0,))
-    assert math.isfinite(partial.captured_at)
+    length = packed_offset(partial.width, stop) - packed_offset(partial.width, start)
+    assert partial.scatter.shape == ((length,) if partial.finite and partial.tokens else (0,))
     if partial.finite:
         assert partial.trace >= 0
         assert 0 <= partial.frobenius_sq < math.inf
         assert np.isfinite(partial.mean).all()
+    if not partial.tokens:
+        assert partial.trace == partial.frobenius_sq == 0
+        assert not partial.mean.any()
