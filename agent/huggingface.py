@@ -16,7 +16,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..schemas import check_run_id
-from .attachment import Agent, attach
+from .attachment import attach
+from .handle import Agent
 
 
 class EigenwatchCallback(TrainerCallback):

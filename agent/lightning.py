@@ -13,9 +13,10 @@ from typing import Any
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:  # the same framework under its older name
-    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
-from .attachment import Agent, attach
+from .attachment import attach
+from .handle import Agent
 
 
 class EigenwatchCallback(Callback):
