@@ -176,7 +176,7 @@ class Agent:
                 "or later epochs are not sampled",
             )
         started = time.perf_counter()
-        stride = max(step - self._last_step, 1)
+        stride = 1 if self._last_step < 0 else max(step - self._last_step, 1)
         sampled = any(one.gate.open for one in self._watched)
         if sampled:
             self._hand_over(step)

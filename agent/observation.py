@@ -242,7 +242,7 @@ class _InputHook:
 class _OutputHook(_InputHook):
     """Observes what comes out of a module; of a tuple (Megatron's linears also give their bias), the first."""
 
-    def __call__(self, module: nn.Module, arguments: Any, keywords: Any, output: Any = None) -> None:  # type: ignore[override]
+    def __call__(self, module: nn.Module, arguments: Any, keywords: Any, output: Any = None) -> None:
         self._show(output[0] if isinstance(output, tuple) else output)
 
 

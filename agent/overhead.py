@@ -14,7 +14,7 @@ import statistics
 from collections import deque
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from .ranks import Ranks
 
@@ -125,8 +125,8 @@ class Bulletin:
         self._posted = self._written = cadence.newest
         self._store: Any = None
         if ranks.world_size > 1:
-            store = dist.distributed_c10d._get_default_store()
-            self._store = dist.PrefixStore(f"eigenwatch/{launch_id}", store)
+            store = distributed_c10d._get_default_store()
+            self._store = distributed_c10d.PrefixStore(f"eigenwatch/{launch_id}", store)
 
     def post(self, change: Change) -> None:
         """On rank 0: makes a change known, to this rank at once."""

@@ -95,7 +95,7 @@ def fsdp_modules(models: Sequence[nn.Module]) -> set[nn.Module]:
     for model in models:
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                inside.update(module.modules())  # type: ignore[attr-defined]
+                inside.update(module.modules())
     return inside
 
 
