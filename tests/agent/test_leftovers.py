@@ -19,7 +19,7 @@ from tests.agent.test_spool import locks_elsewhere, partial
 
 NOBODY = Destination("127.0.0.1:9")
 """No Ray listens there: what is taken stays taken."""
-LAYER = LayerDescription(layer=0, site="post", name="h.0", width=300, ranks=(0, 1))
+LAYER = LayerDescription(layer=0, site="post", name="h.0", width=300, shares=((0,), (1,)))
 
 
 def leave(
