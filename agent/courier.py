@@ -31,6 +31,9 @@ POLL_SECONDS = 0.25
 HANG_SECONDS = 180
 """A call into Ray that does not return for this long (seen where the address is not a Ray) ends the process by SIGALRM;
 the outbox starts another, and an orphan leaves nothing behind."""
+REJOIN_FAILURES = 3
+"""After so many failures in a row the courier leaves the cluster and joins anew: where Ray's processes die together, a
+driver may live on with a connection to nobody, even when another Ray answers at the same address (seen with 2.60)."""
 ORPHAN_SECONDS = 30.0
 """How long a courier whose rank died goes on delivering."""
 
@@ -85,6 +88,7 @@ class Courier:
         """Returns when the rank has closed and everything is durable, or its patience is over."""
         announced = more = False
         deadline = None
+        failures = 0
         while True:
             signal.alarm(HANG_SECONDS)
             self._inbox.wait(0.0 if more else POLL_SECONDS)
@@ -98,6 +102,7 @@ class Courier:
                     self._leftovers.announce()
                     announced = True
                 more = self._delivery.work(self._inbox.dropped)
+                failures = 0
                 done = deadline is not None and not self._spool.numbers()
                 if done or (deadline is not None and now >= deadline):
                     self._delivery.finish(self._inbox.clean, self._inbox.dropped)
@@ -109,6 +114,9 @@ class Courier:
                 log.warning("%s; will try again", error)
                 if deadline is not None and now >= deadline:
                     return
+                failures += 1
+                if failures % REJOIN_FAILURES == 0:
+                    self._session.close()
                 time.sleep(1.0)
 
 

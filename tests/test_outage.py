@@ -20,6 +20,8 @@ from tests.jobs.launch import start_job, step_of
 from tests.processes import end_all, marked, marked_environment, wait_until
 
 LAYERS = 3
+THIS = os.getpid()
+"""Part of each run's name: what an earlier test session left under the same name would be delivered too."""
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
@@ -92,7 +94,7 @@ def test_a_job_trains_through_every_outage_and_delivers_what_the_job_before_it_l
     """Absent at the start, there later, slow, its shard killed, gone with its Ray, back."""
     marker, every = job_environment["EIGENWATCH_TEST_MARKER"], 3
     first, second = tmp_path / "first", tmp_path / "second"
-    run_id = f"outages-{cluster.port}"  # what an earlier test session left under the same name would be delivered too
+    run_id = f"outages-{THIS}"
     options = ("--run-id", run_id, "--aggregator", cluster.address, "--every", str(every), "--until-go")
     steps = ("--steps", "100000", "--step-seconds", "0.3", "--close-seconds", "60")
 
@@ -175,7 +177,7 @@ def test_an_embedded_aggregator_that_is_killed_is_started_again_and_nothing_is_l
 def test_forked_children_close_nothing_and_do_not_hide_the_death_of_their_rank(served, job_environment, tmp_path):
     marker, out = job_environment["EIGENWATCH_TEST_MARKER"], tmp_path / "job"
     job = start_job(
-        out, job_environment, "--run-id", "forks", "--aggregator", served.address, "--every", "2",
+        out, job_environment, "--run-id", f"forks-{THIS}", "--aggregator", served.address, "--every", "2",
         "--steps", "1000", "--step-seconds", "0.1", "--workers", "2", "--forks", ranks=1,
     )  # fmt: skip
     wait_until(lambda: step_of(out) >= 7, 90, "step 7")
@@ -185,20 +187,22 @@ def test_forked_children_close_nothing_and_do_not_hide_the_death_of_their_rank(s
     # The forked child holds the courier's pipe, yet the courier delivers, and ends.
     wait_until(lambda: not pids(marker, "eigenwatch.agent.courier"), 60, "the end of the courier")
     assert stays in marked(marker)
-    assert set(sampled(0, 7, 2)) <= set(records(served.store, "forks"))
+    assert set(sampled(0, 7, 2)) <= set(records(served.store, f"forks-{THIS}"))
     with open_history(served.store) as history:
-        assert history.query("SELECT status FROM runs WHERE run_id = 'forks'").to_pylist() == [{"status": "lost"}]
-    assert spools("forks") == []
+        assert history.query("SELECT status FROM runs WHERE run_id = ?", [f"forks-{THIS}"]).to_pylist() == [
+            {"status": "lost"}
+        ]
+    assert spools(f"forks-{THIS}") == []
 
 
 def test_a_job_with_forked_loaders_closes_as_any_other(served, job_environment, tmp_path):
     out = tmp_path / "job"
     job = start_job(
-        out, job_environment, "--run-id", "loaders", "--aggregator", served.address, "--every", "2",
+        out, job_environment, "--run-id", f"loaders-{THIS}", "--aggregator", served.address, "--every", "2",
         "--steps", "6", "--workers", "2", "--forks", ranks=1,
     )  # fmt: skip
     assert job.wait(90) == 0, (out / "stderr").read_text()
     closed = json.loads((out / "closed-0.json").read_text())
     assert closed["undelivered"] == 0
     assert closed["seconds"] < 20
-    assert records(served.store, "loaders") == sampled(0, 5, 2)
+    assert records(served.store, f"loaders-{THIS}") == sampled(0, 5, 2)
