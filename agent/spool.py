@@ -36,11 +36,17 @@ _SCHEMA = pa.schema([("header", pa.large_string()), ("mean", pa.large_binary()),
 _SHARED_MEMORY = Path("/dev/shm")
 
 
+SPOOL_VARIABLE = "EIGENWATCH_SPOOL"
+
+
 def spool_roots(room_bytes: int) -> list[Path]:
     """Where a rank puts its spool, and then where it goes on when that is full.
 
-    Shared memory comes first if twice `room_bytes` is free there for each rank of this host.
+    `$EIGENWATCH_SPOOL` where that is set; else shared memory, if twice `room_bytes` is free there for each rank of this
+    host, and the temporary folder.
     """
+    if os.environ.get(SPOOL_VARIABLE):
+        return all_spool_roots()
     shared, temporary = all_spool_roots()
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     roomy = os.access(_SHARED_MEMORY, os.W_OK) and shutil.disk_usage(_SHARED_MEMORY).free >= 2 * room_bytes * ranks
@@ -49,6 +55,9 @@ def spool_roots(room_bytes: int) -> list[Path]:
 
 def all_spool_roots() -> list[Path]:
     """Where spools of this user may lie on this host."""
+    chosen = os.environ.get(SPOOL_VARIABLE)
+    if chosen:
+        return [Path(chosen)]
     return [folder / f"eigenwatch-{os.getuid()}" for folder in (_SHARED_MEMORY, Path(tempfile.gettempdir()))]
 
 

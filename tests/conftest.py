@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +44,15 @@ def stop_serve(served: Served) -> int:
         return served.process.wait(120)
     finally:
         end_all(served.marker)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def spools() -> Iterator[Path]:
+    """Where the jobs of this session leave their partials: what an earlier session left is not delivered here."""
+    folder = Path(tempfile.mkdtemp(prefix="eigenwatch-test-spools-", dir="/dev/shm"))
+    os.environ["EIGENWATCH_SPOOL"] = str(folder)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -148,8 +148,7 @@ def test_a_job_trains_through_every_outage_and_delivers_what_the_job_before_it_l
 
 
 def spools(run_id: str) -> list[Path]:
-    roots = [Path("/dev/shm"), Path(tempfile.gettempdir())]
-    return [one for root in roots for one in root.glob(f"eigenwatch-{os.getuid()}/{run_id}-*")]
+    return list(Path(os.environ["EIGENWATCH_SPOOL"]).glob(f"{run_id}-*"))
 
 
 def test_an_embedded_aggregator_that_is_killed_is_started_again_and_nothing_is_lost(job_environment, tmp_path):

@@ -22,7 +22,7 @@ AT_ONCE_SECONDS = 3.0
 
 
 def run(run_id: str) -> RunDescription:
-    layer = LayerDescription(layer=0, site="post", name="h.0", width=WIDTH, ranks=(0,))
+    layer = LayerDescription(layer=0, site="post", name="h.0", width=WIDTH, shares=((0,),))
     return RunDescription(run_id=run_id, launch_id=f"launch-{run_id}-{os.getpid()}", world_size=1, layers=(layer,))
 
 
@@ -36,6 +36,8 @@ def partial(run_id: str, step: int) -> PartialCovariance:
     return PartialCovariance(
         key=RecordKey(run_id, 0, step, 0, "post", None),
         rank=0,
+        share=0,
+        rows=(0, WIDTH),
         tokens=50,
         mean=x_ND.mean(0),
         scatter=np.ascontiguousarray(flat),

@@ -199,12 +199,15 @@ def test_a_spool_lies_in_shared_memory_where_there_is_room_for_every_rank_of_the
     mine, temporary = f"eigenwatch-{os.getuid()}", Path(tempfile.gettempdir())
     if not os.access("/dev/shm", os.W_OK):
         pytest.skip("this host has no shared memory to write to")
+    monkeypatch.delenv("EIGENWATCH_SPOOL")
     both = [Path("/dev/shm") / mine, temporary / mine]
     room = shutil.disk_usage("/dev/shm").free // 3
     assert spool_roots(room) == both
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert spool_roots(room // 2) == both
     assert spool_roots(room) == [temporary / mine]
+    monkeypatch.setenv("EIGENWATCH_SPOOL", "/somewhere/else")
+    assert spool_roots(room) == [Path("/somewhere/else")]
 
 
 # Processes that use a spool as a rank, as a courier and as a later job's courier do.

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from eigenwatch.schemas import Origin, PartialSamples, packed_offset
+from eigenwatch.schemas import Origin, PartialSamples
 from eigenwatch.spectrum import Moments, covariance_of, partial_of, trace_and_frobenius_sq
 
 from .cases import KEY
@@ -14,8 +14,8 @@ WIDTH = 300
 ORIGIN = Origin(key=KEY, rank=3, share=2, captured_at=7.0, sampling_steps=50, overhead_ratio=0.01)
 
 
-def moments_of(x_ND):
-    moments = Moments(x_ND.shape[1])
+def moments_of(x_ND, rows=None):
+    moments = Moments(x_ND.shape[1], rows=rows)
     moments.add(x_ND)
     return moments
 
@@ -50,10 +50,9 @@ def test_rows_may_lie_in_memory_that_is_read_only(recwarn):
 
 def test_a_block_carries_its_rows_and_their_part_of_the_sums():
     x_ND = torch.randn(40, WIDTH)
-    whole, moments = moments_of(x_ND), moments_of(x_ND)
     rows = (200, 290)
-    moments.scatter = whole.scatter[packed_offset(WIDTH, 200) : packed_offset(WIDTH, 290)]
-    partial = partial_of(moments, ORIGIN, rows)
+    moments = moments_of(x_ND, rows)
+    partial = partial_of(moments, ORIGIN)
     assert partial.rows == rows
     assert np.array_equal(partial.scatter, moments.scatter.numpy())
     assert (partial.trace, partial.frobenius_sq) == trace_and_frobenius_sq(moments.scatter, WIDTH, rows)
@@ -73,9 +72,7 @@ def test_activations_that_are_not_finite_or_overflow_carry_no_scatter(bad):
 def test_a_bad_feature_above_or_beside_a_block_makes_it_not_finite(feature):
     x_ND = torch.randn(10, WIDTH)
     x_ND[3, feature] = math.nan
-    moments = moments_of(x_ND)
-    moments.scatter = moments.scatter[packed_offset(WIDTH, 256) : packed_offset(WIDTH, 290)]
-    assert not partial_of(moments, ORIGIN, (256, 290)).finite
+    assert not partial_of(moments_of(x_ND, (256, 290)), ORIGIN).finite
 
 
 def test_no_tokens_are_a_partial_without_a_scatter():
