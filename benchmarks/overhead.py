@@ -2,6 +2,7 @@
 
 Alternating blocks on one rank with the embedded aggregator, medians with their quartiles. Before a step is timed the
 aggregator is idle, so that the stall is what the training thread pays and not the noise of a solver on the same cores.
+What is done beside the training, forming the scatter, is timed by itself: on a CPU it takes the cores' time later.
 """
 
 import os
@@ -11,10 +12,13 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from eigenwatch.agent import Agent, attach
+from eigenwatch.schemas import packed_length
+from eigenwatch.spectrum import Moments
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -53,7 +57,7 @@ def main() -> None:
     for heading in ("", "median", "quartiles"):
         table.add_column(heading)
     with tempfile.TemporaryDirectory() as store:
-        for name, ratios in (*quiet(store), *sampled(store)):
+        for name, ratios in (*quiet(store), *sampled(store), *memory(store)):
             low, _, high = statistics.quantiles(ratios, n=4)
             table.add_row(name, f"{statistics.median(ratios):.4f}", f"{low:.4f} … {high:.4f}")
     console.print(table)
@@ -100,7 +104,7 @@ def sampled(store: str) -> list[tuple[str, list[float]]]:
     one_step = stepper(model, x)
     kept: list[Tensor] = []
     activations = F.silu(torch.randn(TOKENS, WIDTH))
-    over_product, over_inline = [], []
+    over_product, over_inline, beside = [], [], []
     with attach(model, run_id="sampled", every=2, store=store) as agent:
         for round_ in range(ROUNDS):
             times = []
@@ -116,14 +120,55 @@ def sampled(store: str) -> list[tuple[str, list[float]]]:
             kept.clear()
             inline = timed(lambda: kept.append(torch.linalg.eigvalsh(torch.cov(activations.T)))) * LAYERS
             kept.clear()
+            folded = timed(lambda: Moments(WIDTH).add(activations)) * LAYERS
             if round_ > 0:  # the first warms up
                 over_product.append(stall / product)
                 over_inline.append(stall / inline)
+                beside.append(folded / product)
     shape = f"N={TOKENS}, D={WIDTH}, {LAYERS} layers"
     return [
         (f"stall of a sampled step / plain X.T @ X ({shape})", over_product),
         (f"stall of a sampled step / torch.cov and eigvalsh in the step ({shape})", over_inline),
+        (f"forming the scatter, beside the training / plain X.T @ X ({shape})", beside),
     ]
+
+
+def memory(store: str) -> list[tuple[str, list[float]]]:
+    """Peak memory that a sample adds, over its formula: the rows of every layer in their dtype, and, for the layer whose
+    scatter is being formed, the packed triangle and a float32 copy of its rows."""
+    x = torch.randn(TOKENS, MODEL_DIM)
+    model = Model(MODEL_DIM, WIDTH, LAYERS)
+    one_step = stepper(model, x)
+    rows_bytes = 4 * TOKENS * WIDTH
+    formula = LAYERS * rows_bytes + rows_bytes + 4 * packed_length(WIDTH)
+    ratios = []
+    with attach(model, run_id="memory", every=2, store=store) as agent:
+        for round_ in range(ROUNDS):
+            peaks = []
+            for step in (2 * round_, 2 * round_ + 1):
+                reset_peak()
+                one_step()
+                agent.step(step)
+                if step % 2 == 0:
+                    one_step_beside = time.monotonic() + 2.0
+                    while time.monotonic() < one_step_beside:
+                        time.sleep(0.05)  # the outbox forms the scatters
+                peaks.append(peak_bytes())
+                if step % 2 == 0:
+                    wait_for_record(agent, step)
+            if round_ > 1:
+                ratios.append((peaks[0] - peaks[1]) / formula)
+    return [(f"peak memory added by a sample / formula, {formula / 2**20:.0f} MiB", ratios)]
+
+
+def reset_peak() -> None:
+    """Lets the kernel count this process's peak of resident memory anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if one.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
