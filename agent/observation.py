@@ -1,7 +1,7 @@
-"""Observing a place of the model: a forward hook whose body is one opaque operator call.
+"""Observing a place of the model: a forward hook whose compiled body is one opaque operator call.
 
-The hook must survive `torch.compile(fullgraph=True)`, so nothing in it may depend on Python state: the operator is
-opaque to the compiler, runs at every forward, and reads the gate inside. Its only declared mutation is a
+The hook must survive `torch.compile(fullgraph=True)`, so nothing that it compiles to may depend on Python state: the
+operator is opaque to the compiler, runs at every forward, and reads the gate inside. Its only declared mutation is a
 one-element tensor, which keeps it from being removed as dead code; declaring the accumulator itself as mutated
 would make the compiler copy it. Recompute under activation checkpointing runs inside the backward pass, which is
 how it is told from a forward; `is_grad_enabled` would also be false in a reentrant checkpoint's first forward.
@@ -135,7 +135,7 @@ class Observer:
             return
         if torch._C._current_graph_task_id() >= 0 or torch.is_inference_mode_enabled():  # a recompute; no training
             return
-        if _infers_pipeline_metadata():
+        if _infers_pipeline_metadata() or torch._C._functorch.is_functorch_wrapped_tensor(activations):
             return
         started = time.perf_counter()
         try:
@@ -233,7 +233,10 @@ class _InputHook:
             activations = activations.to_local()
         elif type(activations) is not Tensor:  # another subclass may know no rule for our operator
             return
-        torch.ops.eigenwatch.observe(activations.detach(), self.pulse, self.observer_id)
+        if torch.compiler.is_compiling():
+            torch.ops.eigenwatch.observe(activations.detach(), self.pulse, self.observer_id)
+        elif (observer := _seeing.get(self.observer_id)) is not None:  # the operator's dispatch would cost 30 µs
+            observer.see(activations)
 
     def __reduce__(self) -> Any:
         return _NoHook, ()

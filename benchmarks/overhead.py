@@ -134,8 +134,11 @@ def sampled(store: str) -> list[tuple[str, list[float]]]:
 
 
 def memory(store: str) -> list[tuple[str, list[float]]]:
-    """Peak memory that a sample adds, over its formula: the rows of every layer in their dtype, and, for the layer whose
-    scatter is being formed, the packed triangle and a float32 copy of its rows."""
+    """Peak memory that a sample adds, over its formula.
+
+    The rows of every layer in their dtype, and, for the layer whose scatter is being formed, the packed triangle and a
+    float32 copy of its rows.
+    """
     x = torch.randn(TOKENS, MODEL_DIM)
     model = Model(MODEL_DIM, WIDTH, LAYERS)
     one_step = stepper(model, x)
