@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 TOKENS, MODEL_DIM, WIDTH, LAYERS = 4096, 512, 2048, 2
 ROUNDS = 7
-QUIET_BLOCKS, QUIET_STEPS = 40, 20
+QUIET_BLOCKS, QUIET_STEPS = 20, 30
 
 
 class FeedForward(nn.Module):
@@ -65,36 +65,45 @@ def main() -> None:
 
 def quiet(store: str) -> list[tuple[str, list[float]]]:
     """A step between samples over a step without an agent; the model is small, so that a fixed cost would show."""
-    x = torch.randn(512, 128)
+    x, one_token = torch.randn(512, 128), torch.randn(1, 128)
     bare, observed = Model(128, 512, 4), Model(128, 512, 4)
     bare_step, observed_step = stepper(bare, x), stepper(observed, x)
-    ratios = []
+    whole, calls = [], []
     with attach(observed, run_id="quiet", every=1_000_000, store=store) as agent:
         observed_step()
         agent.step(0)
         wait_for_record(agent, 0)
-
-        def block(one: Callable[[], None]) -> float:
-            started = time.perf_counter()
-            for _ in range(QUIET_STEPS):
-                one()
-            return time.perf_counter() - started
-
         step = 0
 
-        def step_with_agent() -> None:
+        def end_step() -> None:
             nonlocal step
-            observed_step()
             step += 1
             agent.step(step)
 
-        for index in range(QUIET_BLOCKS):
-            first = index % 2
-            times = [0.0, 0.0]
-            for which in (first, 1 - first):
-                times[which] = block((bare_step, step_with_agent)[which])
-            ratios.append(times[1] / times[0])
-    return [("step between samples / step without an agent", ratios)]
+        def step_with_agent() -> None:
+            observed_step()
+            end_step()
+
+        for _ in range(QUIET_BLOCKS):
+            bare_seconds, with_agent_seconds = medians(QUIET_STEPS, bare_step, step_with_agent)
+            whole.append(with_agent_seconds / bare_seconds)
+            # Of one token almost nothing is left but the calls.
+            without_hooks, with_hooks = medians(10 * QUIET_STEPS, lambda: bare(one_token), lambda: observed(one_token))
+            (ending,) = medians(10 * QUIET_STEPS, end_step)
+            calls.append((with_hooks - without_hooks + ending) / bare_seconds)
+    return [
+        ("step between samples / step without an agent", whole),
+        ("hooks and agent.step by themselves / step without an agent", calls),
+    ]
+
+
+def medians(rounds: int, *works: Callable[[], object]) -> list[float]:
+    """Median time of each work, done in turn."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds):
+        for one, work in zip(seconds, works, strict=True):
+            one.append(timed(work))
+    return [statistics.median(one) for one in seconds]
 
 
 def sampled(store: str) -> list[tuple[str, list[float]]]:
@@ -185,7 +194,7 @@ def stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return one_step
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
