@@ -192,9 +192,9 @@ class Agent:
         seen = [(one, one.observer.take()) for one in self._watched if one.gate.open]
         trained = any(one.capture is not None or one.spoilt for _, one in seen)
         for one, its in seen:
-            if its.lost:
-                self._outbox.lost("outbox_full", its.lost)
             allowed = one.schedule.allows(step)
+            if its.lost is not None and allowed:
+                self._outbox.lost(its.lost, 1)
             if its.capture is not None and not allowed:
                 its.capture.release()
             # An expert without tokens must not be waited for. A dense layer without them was skipped by the model, or
