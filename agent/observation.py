@@ -312,8 +312,8 @@ def mask_position(model: nn.Module, argument: str) -> int | None:
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return None
     raise ValueError(
-        f"mask_argument={argument!r} is no argument of the model's forward, which has {', '.join(names) or 'none'}: name "
-        "the one that is the padding mask, or pass None and call agent.mask(mask)"
+        f"mask_argument={argument!r} is no argument of the model's forward, which has {', '.join(names) or 'none'}: "
+        "name the one that is the padding mask, or pass None and call agent.mask(mask)"
     )
 
 

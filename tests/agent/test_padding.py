@@ -1,4 +1,4 @@
-"""Padding: tokens under a mask do not count, in whatever order a model keeps its tokens, and a misfit gives no record."""
+"""Padding: tokens under a mask do not count, in whatever order a model keeps them, and a misfit gives no record."""
 
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def test_a_mask_that_fits_nothing_gives_no_record_and_switches_the_layers_off(tm
 
 
 def test_a_keyword_that_the_model_does_not_have_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="mask_argument='padding_mask'.*attention_mask"):
+    with pytest.raises(ValueError, match=r"mask_argument='padding_mask'.*attention_mask"):
         attached(model(), tmp_path, mask_argument="padding_mask")
 
 
