@@ -253,7 +253,8 @@ def test_an_agent_says_what_it_observes(tmp_path):
     watch = [Watch(layers=[0, 1], schedule=Schedule(every=10)), Watch(layers=[2], schedule=Schedule(every=5, rotate=4))]
     with attached(decoder(), tmp_path, watch=watch) as agent:
         assert str(agent) == (
-            "eigenwatch: run attached, 3 layers (layers.N.mlp.down_proj), D = 24, site post, every 10 or 20 steps, 1 rank"
+            "eigenwatch: run attached, 3 layers (layers.N.mlp.down_proj), D = 24, site post, "
+            "every 10 or 20 steps, 1 rank"
         )
 
 
