@@ -1,7 +1,5 @@
 """What a layer's sample holds until it is sent; an accelerator's path runs on the CPU's null streams."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from eigenwatch.agent import OutboxLimits, attach
