@@ -21,7 +21,7 @@ from .capture import Room
 from .embedded import EmbeddedAggregator, Served
 from .handle import Agent
 from .handover import CourierHandover, Handover, InlineHandover
-from .observation import Shared
+from .observation import Shared, mask_position
 from .outbox import Outbox, OutboxLimits
 from .overhead import Bulletin, Cadence
 from .padding import Padding
@@ -69,7 +69,7 @@ def attach(
         watch: in place of `every`, `schedule`, `layers` and `sites`, several selections, each with its own cadence.
         declared: places that no module shows; the model's forward gives them to `agent.observe`.
         parallelism: what the modules do not show of how the model is spread over ranks.
-        mask_argument: name of the keyword of the model's forward that is the padding mask, (batch, time) of 0 and 1.
+        mask_argument: name of the argument of the model's forward that is the padding mask, (batch, time) of 0 and 1.
         samples: whether activation rows may leave the training process where they are fewer bytes than their scatter.
         store: folder of the history; default `$EIGENWATCH_STORE`, else `./eigenwatch-store`. An aggregator that runs
             elsewhere has its own, and then this must not be given.
@@ -97,6 +97,8 @@ def attach(
         check_run_id(run_id)
         watches = _watches(every, schedule, layers, sites, watch)
         _check_aggregator(aggregator, store, ranks)
+        for one in models if mask_argument is not None else ():
+            mask_position(one, mask_argument)
         alone = ranks.world_size == 1
         observed = observed_places(models, watches, declared, parallelism or Parallelism(), ranks.rank, alone)
         mine: dict[str, Any] = {

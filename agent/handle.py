@@ -91,6 +91,7 @@ class Agent:
             self._end_step(operator.index(step))
         except Exception as error:  # noqa: BLE001 - the training process never sees an error of ours
             self._warn_once("step", f"step({step!r}) was ignored: {error}")
+            self._discard()  # or the next step's record would show this one's tokens too
 
     def observe(self, activations: Tensor, *, layer: int, site: str = "post", expert: int | None = None) -> None:
         """Shows activations (..., D) of a place that `attach` was told of by `declared=`; any forward may call it.
@@ -147,7 +148,7 @@ class Agent:
     @property
     def overhead_ratio(self) -> float | None:
         """What sampling costs, measured: the stall of a sampled step over the time of the steps up to the next."""
-        every = min(one.schedule.every for one in self._watched)
+        every = min((one.schedule.every for one in self._watched), default=1)  # a rank may have none of the layers
         return self._meter.ratio(every * self._cadence.stretch_at(max(self._last_step, 0)))
 
     def __enter__(self) -> Agent:
@@ -160,10 +161,10 @@ class Agent:
 
     def __str__(self) -> str:
         where = f", metrics at {self.metrics_url}" if self.metrics_url else ""
-        cadences = ", ".join(str(steps) for steps in sorted({one.schedule.sampling_steps() for one in self._watched}))
+        cadences = " or ".join(str(steps) for steps in sorted({one.schedule.sampling_steps() for one in self._watched}))
         return (
             f"eigenwatch: run {self.run.run_id}, {shown(self.run.layers)}, every {cadences or '-'} steps, "
-            f"{self._ranks.world_size} ranks{where}"
+            f"{self._ranks.world_size} rank{'s' * (self._ranks.world_size > 1)}{where}"
         )
 
     def _end_step(self, step: int) -> None:
@@ -185,6 +186,13 @@ class Agent:
         self._measure(step, sampled, started)
         self._open_gates(step, step + stride)
 
+    def _discard(self) -> None:
+        for one in self._watched:
+            seen = one.observer.take()
+            if seen.capture is not None:
+                seen.capture.release()
+        self._shared.padding.set(None)
+
     def _hand_over(self, step: int) -> None:
         captured_at = time.time()
         stretch = self._cadence.stretch_at(step)
@@ -192,9 +200,9 @@ class Agent:
         seen = [(one, one.observer.take()) for one in self._watched if one.gate.open]
         trained = any(one.capture is not None or one.spoilt for _, one in seen)
         for one, its in seen:
-            if its.lost:
-                self._outbox.lost("outbox_full", its.lost)
             allowed = one.schedule.allows(step)
+            if its.lost is not None and allowed:
+                self._outbox.lost(its.lost, 1)
             if its.capture is not None and not allowed:
                 its.capture.release()
             # An expert without tokens must not be waited for. A dense layer without them was skipped by the model, or

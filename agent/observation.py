@@ -9,6 +9,7 @@ how it is told from a forward; `is_grad_enabled` would also be false in a reentr
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import time
@@ -90,8 +91,8 @@ class Seen(NamedTuple):
     """None where no token came."""
     spoilt: bool
     """Tokens came that could not be taken in, so that whatever else did is not the whole."""
-    lost: int
-    """Samples that host memory had no room for."""
+    lost: str | None
+    """Why what it showed is lost, as `agent.dropped` names it; None if it is not, or the place was given up before."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,7 +116,7 @@ class Observer:
         self._gate, self._shared = gate, shared
         self._capture: Capture | None = None
         self._muted = self._spoilt = False
-        self._lost = 0
+        self._lost: str | None = None
         self.errors: Counter[str] = Counter()
         self.pulse = torch.zeros(1)
         _seeing[id(self)] = self
@@ -144,7 +145,7 @@ class Observer:
                 self._take_in(activations)
         except NoRoom:
             self._spoil()
-            self._lost += 1
+            self._lost = "outbox_full"
         except Exception as error:  # noqa: BLE001 - the training process never sees an error of ours
             self._failed(error)
         self._shared.seconds += time.perf_counter() - started
@@ -156,17 +157,20 @@ class Observer:
     def take(self) -> Seen:
         """What was seen since the last call."""
         capture, lost, spoilt = self._capture, self._lost, self._spoilt or self._muted
-        self._capture, self._lost, self._spoilt = None, 0, False
+        self._capture, self._lost, self._spoilt = None, None, False
         if capture is not None and (spoilt or capture.tokens == 0):
             capture.release()
             capture = None
         return Seen(capture, spoilt, lost)
 
     def close(self) -> None:
+        self._detach()
+        self.take()
+
+    def _detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
         _seeing.pop(id(self), None)
-        self.take()
 
     def _take_in(self, activations: Tensor) -> None:
         place = self.place
@@ -206,6 +210,7 @@ class Observer:
 
     def _failed(self, error: Exception) -> None:
         self._spoil()
+        self._lost = "observation_error"
         self.errors[type(error).__name__] += 1
         what = f"layer {self.place.layer} ({self.place.name})"
         if self.errors.total() == 1:
@@ -214,7 +219,7 @@ class Observer:
             log.warning("%s is no longer observed after %d errors", what, MAX_ERRORS)
             self._muted = True
             if self.place.gather is None:
-                self.close()
+                self._detach()
 
 
 class _InputHook:
@@ -261,20 +266,23 @@ class _MaskSeer:
         self._padding = padding
 
     def see(self, mask: Tensor) -> None:
-        self._padding.set(mask if mask.numel() > 0 else None)
+        # Compiled code may use the memory of a mask that it made for something else once this call is over.
+        self._padding.set(mask.clone() if mask.numel() > 0 else None)
 
 
 class _MaskHook:
     """A pre-hook of the whole model; like the others it must pass through the compiler."""
 
-    def __init__(self, seer: _MaskSeer, argument: str) -> None:
-        self._seer, self._argument = seer, argument  # the registry alone would let it go
+    def __init__(self, seer: _MaskSeer, argument: str, position: int | None) -> None:
+        self._seer, self._argument, self._position = seer, argument, position  # the registry alone would let it go
         self._seer_id = id(seer)
         self.pulse = torch.zeros(1)
         self.none = torch.zeros(0)
 
     def __call__(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         mask = keywords.get(self._argument)
+        if mask is None and self._position is not None and self._position < len(arguments):
+            mask = arguments[self._position]
         torch.ops.eigenwatch.observe(self.none if mask is None else mask, self.pulse, self._seer_id)
 
     def __reduce__(self) -> Any:
@@ -282,10 +290,34 @@ class _MaskHook:
 
 
 def observe_mask(model: nn.Module, argument: str, padding: Padding) -> Any:
-    """Hands the keyword `argument` of every forward of `model` to `padding`; the handle removes the hook."""
+    """Hands the argument of this name of every forward of `model` to `padding`; the handle removes the hook."""
     seer = _MaskSeer(padding)
     _seeing[id(seer)] = seer
-    return model.register_forward_pre_hook(_MaskHook(seer, argument), with_kwargs=True)
+    return model.register_forward_pre_hook(_MaskHook(seer, argument, mask_position(model, argument)), with_kwargs=True)
+
+
+def mask_position(model: nn.Module, argument: str) -> int | None:
+    """Where `argument` stands in the model's forward, should a caller not name it; None: it is always named.
+
+    Raises:
+        ValueError: the forward has no such argument.
+    """
+    names: list[str] = []
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        parameters = inspect.signature(inner.forward).parameters
+        names = list(parameters)
+        if argument in parameters:
+            named_only = parameters[argument].kind is inspect.Parameter.KEYWORD_ONLY
+            return None if named_only else names.index(argument)
+        # What DDP and torch.compile wrap.
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return None
+    raise ValueError(
+        f"mask_argument={argument!r} is no argument of the model's forward, which has {', '.join(names) or 'none'}: "
+        "name the one that is the padding mask, or pass None and call agent.mask(mask)"
+    )
 
 
 def _infers_pipeline_metadata() -> bool:

@@ -12,6 +12,7 @@ import logging
 import math
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch.distributed import distributed_c10d
@@ -43,8 +44,17 @@ class Cadence:
     def announce(self, change: Change) -> None:
         self._changes = (*(one for one in self._changes if one.from_step < change.from_step), change)
 
+    def adopt(self, changes: Sequence[Change]) -> None:
+        """Takes over all that another rank has announced."""
+        self._changes = tuple(changes)
+
     def stretch_at(self, step: int) -> int:
         return max((one for one in self._changes if one.from_step <= step), key=lambda one: one.from_step).stretch
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """All that was announced, in the order of their steps."""
+        return self._changes
 
     @property
     def newest(self) -> Change:
@@ -122,7 +132,7 @@ class Bulletin:
     def __init__(self, ranks: Ranks, launch_id: str, cadence: Cadence) -> None:
         self._cadence = cadence
         self._is_first = ranks.rank == 0
-        self._posted = self._written = cadence.newest
+        self._written = cadence.changes
         self._store: Any = None
         if ranks.world_size > 1:
             store = distributed_c10d._get_default_store()
@@ -131,18 +141,18 @@ class Bulletin:
     def post(self, change: Change) -> None:
         """On rank 0: makes a change known, to this rank at once."""
         self._cadence.announce(change)
-        self._posted = change
 
     def exchange(self) -> None:
-        """Writes what was posted, or reads what rank 0 wrote; short, and never waits for a key."""
+        """Writes what was posted, or reads what rank 0 wrote; short, and never waits for a key.
+
+        All changes travel together: one that followed within a second would else hide the one before.
+        """
         if self._store is None:
             return
         if self._is_first:
-            if self._posted != self._written:
-                self._store.set(_KEY, json.dumps(self._posted))
-                self._written = self._posted
+            changes = self._cadence.changes
+            if changes != self._written:
+                self._store.set(_KEY, json.dumps(changes))
+                self._written = changes
         elif self._store.check([_KEY]):
-            change = Change(*json.loads(self._store.get(_KEY)))
-            if change != self._written:
-                self._cadence.announce(change)
-                self._written = change
+            self._cadence.adopt([Change(*one) for one in json.loads(self._store.get(_KEY))])

@@ -31,6 +31,10 @@ class Watch:
     sites: Sequence[str] = ("post",)
     schedule: Schedule = field(default_factory=Schedule)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.sites, str):
+            raise ValueError(f"sites={self.sites!r} must be a sequence, such as ('post', 'pre')")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Declared:
@@ -81,10 +85,14 @@ def observed_places(
     offsets = _offsets(parallelism.layer_offset, len(models))
     within_fsdp = fsdp_modules(models)
     places: dict[tuple[int, str, int | None], Observed] = {}
+    required = alone and not declared and len(models) == 1
     for watch in watches:
+        layers = watch.layers if watch.layers is None or isinstance(watch.layers, str) else list(watch.layers)
+        sites = tuple(dict.fromkeys(("post", *watch.sites)))
+        existing: set[int] = set()
         for model, offset in zip(models, offsets, strict=True):
-            sites = tuple(dict.fromkeys(("post", *watch.sites)))
-            found = _found(model, watch.layers, sites, offset, alone=alone, declared=bool(declared))
+            found = _found(model, layers, sites, offset, required=required, declared=bool(declared))
+            existing.update(one.layer + offset for one in found)
             spreads: dict[tuple[int, int | None], Spread] = {}
             for one in found:
                 if one.site == "post":
@@ -95,6 +103,9 @@ def observed_places(
                     spread = spreads[one.layer, one.expert]
                     place = _place(one, spread, offset, parallelism.expert_offset, rank)
                     _add(places, Observed(place, one.module, watch.schedule, spread, _fingerprint(one.module)))
+        missing = [one for one in layers if one not in existing] if isinstance(layers, list) else []
+        if alone and missing and not declared:
+            raise ValueError(f"layers={layers}: no layer {', '.join(map(str, missing))} in any of the model chunks")
     schedule = watches[0].schedule
     for one_declared in declared:
         place = Place(
@@ -185,17 +196,17 @@ def _offsets(offset: int | Sequence[int], models: int) -> list[int]:
 
 def _found(
     model: nn.Module,
-    layers: str | Iterable[int] | None,
+    layers: str | list[int] | None,
     sites: tuple[str, ...],
     offset: int,
     *,
-    alone: bool,
+    required: bool,
     declared: bool,
 ) -> list[FoundLayer]:
     """The chosen places of one model, by local index; a pipeline stage may have none of the chosen layers."""
-    if layers is None or isinstance(layers, str) or alone:
+    if layers is None or isinstance(layers, str) or (required and offset == 0):
         fused: Literal["refuse", "skip"] = "skip" if declared else "refuse"
-        return find_layers(model, layers, sites, required=alone and not declared, fused=fused)
+        return find_layers(model, layers, sites, required=required, fused=fused)
     chosen = {layer - offset for layer in layers}
     return [one for one in find_layers(model, None, sites, required=False, fused="skip") if one.layer in chosen]
 
@@ -244,5 +255,8 @@ def shown(places: Sequence[LayerDescription]) -> str:
     names = list(dict.fromkeys(re.sub(r"\d+", "N", one.name) for one in places))
     experts = len({one.expert for one in places} - {None})
     widths = ", ".join(map(str, sorted({one.width for one in places})))
-    what = f"{len(layers)} layers ({', '.join(names)})" + (f" with {experts} experts" if experts else "")
-    return f"{what}, D = {widths}, sites {', '.join(sorted({one.site for one in places}))}"
+    what = f"{len(layers)} layer{'s' * (len(layers) > 1)} ({', '.join(names)})" + (
+        f" with {experts} experts" if experts else ""
+    )
+    sites = sorted({one.site for one in places})
+    return f"{what}, D = {widths}, site{'s' * (len(sites) > 1)} {', '.join(sites)}"

@@ -1,0 +1,117 @@
+"""The overhead contract in a training: the cadence stretches until it holds, on every rank alike."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from eigenwatch.agent import Schedule, attach
+from eigenwatch.agent.overhead import Bulletin, Cadence, Change
+from eigenwatch.agent.ranks import Ranks
+
+from tests.agent.reference import Key, Reference, records
+from tests.jobs.contract import EVERY, EXPERTS, MANY, STEPS, WIDE, Layers, routed
+from tests.jobs.launch import REPOSITORY
+
+ALLOWED = 0.05
+
+
+def test_the_cadence_stretches_until_the_contract_holds(tmp_path):
+    """A layer whose input is copied at about the cost of its own product."""
+    model, x = Layers(256, 0), torch.randn(MANY, 256)
+    schedule = Schedule(every=1, max_overhead=ALLOWED)
+    ratios = {}
+    with (
+        torch.no_grad(),
+        attach(model, run_id="contract", schedule=schedule, store=tmp_path, aggregator="inline") as agent,
+    ):
+        for step in range(300):
+            model.layers[0]["mlp"]["down_proj"](x)
+            agent.step(step)
+            ratios[step] = agent.overhead_ratio
+    assert agent.dropped == {}
+    found = {key.step: row for key, row in sorted(records(tmp_path, "contract").items())}
+    stretches = {step: row["sampling_steps"] for step, row in found.items()}
+    assert stretches[0] == 1
+    assert max(stretches.values()) >= 4
+    for step, following in itertools.pairwise([*found, 300]):
+        # The decision that a sampled step brings holds from the next one on.
+        stretch = stretches.get(following, following - step)
+        assert step % stretches[step] == 0
+        assert following == 300 or following == (step // stretch + 1) * stretch
+    measured = [row["overhead_ratio"] for step, row in found.items() if step > 4 and stretches[step] > 1]
+    assert measured
+    # Samples disturb the steps beside them, so that medians move a little between two decisions.
+    assert all(ratio <= 2 * ALLOWED for ratio in measured[-2:])
+    assert ratios[299] <= 2 * ALLOWED
+
+
+def test_without_a_contract_the_cadence_stays_whatever_it_costs(tmp_path):
+    model, x = Layers(256, 0), torch.randn(MANY, 256)
+    with torch.no_grad(), attach(model, run_id="free", every=4, store=tmp_path, aggregator="inline") as agent:
+        for step in range(20):
+            model.layers[0]["mlp"]["down_proj"](x)
+            agent.step(step)
+    assert agent.overhead_ratio > 0.01
+    assert {key.step: row["sampling_steps"] for key, row in records(tmp_path, "free").items()} == dict.fromkeys(
+        range(0, 20, 4), 4
+    )
+
+
+def test_changes_that_follow_each_other_quickly_all_reach_the_other_ranks():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        cadences = Cadence(), Cadence()
+        first, second = (Bulletin(Ranks(rank, 2), "launch", cadence) for rank, cadence in enumerate(cadences))
+        second.exchange()
+        first.post(Change(100, 4))
+        first.post(Change(200, 8))
+        first.exchange()
+        second.exchange()
+        assert [cadences[1].stretch_at(step) for step in (99, 100, 199, 200)] == [1, 4, 4, 8]
+        first.post(Change(150, 2))
+        first.exchange()
+        second.exchange()
+        assert cadences[1].changes == cadences[0].changes
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(served, tmp_path_factory) -> list[dict[str, int]]:
+    """What each rank of the job said at its end."""
+    out = tmp_path_factory.mktemp("contract")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.jobs.contract", str(out), served.address],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-5000:]
+    return [json.loads(Path(out / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_an_expert_that_one_rank_alone_reaches_has_the_sum_of_both(two_ranks, served):
+    reference = Reference()
+    for reference.step, rank in itertools.product(range(STEPS), range(2)):
+        for expert, rows_ND in routed(reference.step, rank).items():
+            reference.keep(rows_ND, 0, expert=expert)
+    keys = [Key(step, 0, "post", expert) for step in range(STEPS) for expert in range(EXPERTS)]
+    found = reference.assert_stored_keys(served.store, "two-experts", keys)
+    assert found[Key(1, 0, "post", 2)]["tokens"] == 0
+    assert {row["ranks_seen"] for row in found.values()} == {2}
+
+
+def test_all_ranks_sample_the_same_steps_when_the_cadence_changes(two_ranks, served):
+    assert [one["undelivered"] for one in two_ranks] == [0, 0]
+    found = {key.step: row for key, row in sorted(records(served.store, "contract").items())}
+    assert max(row["sampling_steps"] for row in found.values()) > EVERY
+    for step, row in found.items():
+        assert row["complete"], step
+        assert row["tokens"] == 2 * MANY
+        assert row["width"] == WIDE
+        assert step % row["sampling_steps"] == 0
