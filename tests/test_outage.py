@@ -179,7 +179,7 @@ def test_forked_children_close_nothing_and_do_not_hide_the_death_of_their_rank(s
         out, job_environment, "--run-id", f"forks-{THIS}", "--aggregator", served.address, "--every", "2",
         "--steps", "1000", "--step-seconds", "0.1", "--workers", "2", "--forks", ranks=1,
     )  # fmt: skip
-    wait_until(lambda: step_of(out) >= 7, 90, "step 7")
+    wait_until(lambda: step_of(out) >= 7 and records(served.store, f"forks-{THIS}"), 90, "step 7 and a record")
     job.kill()
     job.wait(30)
     stays = int((out / "forked").read_text())
