@@ -97,8 +97,9 @@ def attach(
         check_run_id(run_id)
         watches = _watches(every, schedule, layers, sites, watch)
         _check_aggregator(aggregator, store, ranks)
-        for one in models if mask_argument is not None else ():
-            mask_position(one, mask_argument)
+        if mask_argument is not None:
+            for one in models:
+                mask_position(one, mask_argument)
         alone = ranks.world_size == 1
         observed = observed_places(models, watches, declared, parallelism or Parallelism(), ranks.rank, alone)
         mine: dict[str, Any] = {

@@ -89,6 +89,7 @@ def test_scatters_are_formed_in_two_buffers_by_turns_and_no_more():
         used.append([None if one is None else one.data_ptr() for one in scratch._buffers])
     assert used[0][0] is not None
     assert used[0][1] is None
+    assert used[1][1] not in (None, used[1][0])
     assert all(one == used[1] for one in used[1:])
     for seed, capture in enumerate(captures):  # what a buffer held was away before its next turn
         true = two_pass_scatter(rows(2 * FEW, seed).double())

@@ -30,7 +30,7 @@ def test_the_cadence_stretches_until_the_contract_holds(tmp_path):
         torch.no_grad(),
         attach(model, run_id="contract", schedule=schedule, store=tmp_path, aggregator="inline") as agent,
     ):
-        for step in range(300):
+        for step in range(600):
             model.layers[0]["mlp"]["down_proj"](x)
             agent.step(step)
             ratios[step] = agent.overhead_ratio
@@ -39,16 +39,15 @@ def test_the_cadence_stretches_until_the_contract_holds(tmp_path):
     stretches = {step: row["sampling_steps"] for step, row in found.items()}
     assert stretches[0] == 1
     assert max(stretches.values()) >= 4
-    for step, following in itertools.pairwise([*found, 300]):
+    for step, following in itertools.pairwise([*found, 600]):
         # The decision that a sampled step brings holds from the next one on.
         stretch = stretches.get(following, following - step)
         assert step % stretches[step] == 0
-        assert following == 300 or following == (step // stretch + 1) * stretch
-    measured = [row["overhead_ratio"] for step, row in found.items() if step > 4 and stretches[step] > 1]
-    assert measured
-    # Samples disturb the steps beside them, so that medians move a little between two decisions.
-    assert all(ratio <= 2 * ALLOWED for ratio in measured[-2:])
-    assert ratios[299] <= 2 * ALLOWED
+        assert following == 600 or following == (step // stretch + 1) * stretch
+    # Just after each decision, the ratio under the new cadence; one more step moves the medians a little.
+    decided = [ratios[step + 1] for step in found if 20 < step < 599 and step + 1 not in found]
+    assert decided
+    assert all(ratio <= 1.5 * ALLOWED for ratio in decided)
 
 
 def test_without_a_contract_the_cadence_stays_whatever_it_costs(tmp_path):
