@@ -28,7 +28,7 @@ from .padding import Padding
 from .ranks import Ranks, current_ranks, spans_hosts
 from .schedule import Schedule
 from .spool import Destination, Spool, spool_roots
-from .topology import Declared, Parallelism, Watch, announced, describe, observed_places
+from .topology import Declared, Parallelism, Watch, announced, check_contract, describe, observed_places
 
 log = logging.getLogger("eigenwatch.agent")
 
@@ -102,6 +102,7 @@ def attach(
                 mask_position(one, mask_argument)
         alone = ranks.world_size == 1
         observed = observed_places(models, watches, declared, parallelism or Parallelism(), ranks.rank, alone)
+        check_contract(observed)
         mine: dict[str, Any] = {
             "same": {
                 "run_id": run_id,

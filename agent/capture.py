@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..schemas import packed_length
 from ..spectrum import Moments
 
 
@@ -128,11 +127,11 @@ class Capture:
         return fits
 
     def _add_from_device(self, x_ND: Tensor, scratch: Scratch) -> None:
-        scatter_bytes = packed_length(self.width) * 4
+        scatter_bytes = 4 * Moments.scatter_length(self.width, self.block)
         if x_ND.nbytes <= scatter_bytes:
             if not self._hold(x_ND.nbytes):
                 raise NoRoom(f"{x_ND.nbytes} bytes of rows")
-            (rows_ND,) = self._receive(scratch.copy(x_ND))
+            (rows_ND,) = self._receive(scratch.rows(x_ND))
             self._rows.append(rows_ND)
             return
         if not self._hold(scatter_bytes):
@@ -164,9 +163,14 @@ class Scratch:
         self._side = self._streams.Stream()
         self._buffers: list[Tensor | None] = [None, None]
         self._copied: list[Any] = [None, None]
-        self._turn = 0
+        self._turn = 1
 
-    def copy(self, *tensors: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+    def rows(self, x_ND: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        """Starts the copy of rows to the host, by way of a buffer: the training may overwrite them at once."""
+        kept = self._next(x_ND.nbytes).view(x_ND.dtype).view(x_ND.shape)
+        return self._copy(kept.copy_(x_ND))
+
+    def _copy(self, *tensors: Tensor) -> tuple[tuple[Tensor, ...], Any]:
         """Starts copies to the host; the tensors there, and the event after which they may be read."""
         self._side.wait_stream(self._streams.current_stream())
         with self._streams.stream(self._side):
@@ -176,19 +180,22 @@ class Scratch:
                 here.copy_(there, non_blocking=True)
                 if pinned:
                     there.record_stream(self._side)
-        return arrived, self._side.record_event()
+        self._copied[self._turn] = self._side.record_event()
+        return arrived, self._copied[self._turn]
 
     def fold(self, x_ND: Tensor, width: int, block: tuple[int, int]) -> tuple[tuple[Tensor, ...], Any]:
         """Forms mean and scatter of rows on the device, and starts their copies to the host."""
-        turn, self._turn = self._turn, 1 - self._turn
-        if self._copied[turn] is not None:
-            self._streams.current_stream().wait_event(self._copied[turn])
-        buffer = self._buffers[turn]
-        length = Moments.scatter_length(width, block)
-        if buffer is None or buffer.numel() < length:
-            buffer = self._buffers[turn] = torch.empty(length, dtype=torch.float32, device=self._device)
-        moments = Moments(width, device=self._device, rows=block, scatter=buffer[:length].zero_())
+        scatter = self._next(4 * Moments.scatter_length(width, block)).view(torch.float32).zero_()
+        moments = Moments(width, device=self._device, rows=block, scatter=scatter)
         moments.add(x_ND)
-        arrived, event = self.copy(moments.mean, moments.scatter)
-        self._copied[turn] = event
-        return arrived, event
+        return self._copy(moments.mean, moments.scatter)
+
+    def _next(self, nbytes: int) -> Tensor:
+        """The other buffer, once its last copy is over; the training stream waits for that, not its thread."""
+        self._turn = 1 - self._turn
+        if self._copied[self._turn] is not None:
+            self._streams.current_stream().wait_event(self._copied[self._turn])
+        buffer = self._buffers[self._turn]
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = self._buffers[self._turn] = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        return buffer[:nbytes]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..schemas import RunDescription
 from .embedded import EmbeddedAggregator
-from .observation import Gate, Observer, Place, Shared, observe_mask
+from .observation import UNUSABLE_MASK, Gate, Observer, Place, Shared, observe_mask
 from .outbox import Outbox, Sample
 from .overhead import LEAD_SECONDS, Bulletin, Cadence, Change, Meter, wanted_stretch
 from .ranks import Ranks
@@ -68,7 +68,8 @@ class Agent:
         self.metrics_url = metrics_url
         """The Prometheus endpoint of the embedded aggregator; None where another process serves it."""
         self._ranks, self._shared, self._outbox, self._embedded = ranks, shared, outbox, embedded
-        self._cadence, self._bulletin, self._meter = cadence, bulletin, Meter()
+        self._cadence, self._bulletin = cadence, bulletin
+        self._meter = Meter(asynchronous=any(p.device.type != "cpu" for model in models for p in model.parameters()))
         self._watched = [_Watched.of(one, models[0], shared) for one in observed]
         self._by_hand = {one.place.key: one.observer for one in self._watched if not one.observer.hooked}
         self._mask_handles = [
@@ -112,6 +113,9 @@ class Agent:
             mask: (batch, time), or whatever leading dimensions the activations have; call it before the forward. The
                 rows that reach an expert are not masked.
         """
+        if mask is not None and type(mask) is not Tensor:
+            self._warn_once("mask", f"mask() was given a {type(mask).__name__}, not a tensor: nothing is seen")
+            mask = UNUSABLE_MASK
         self._shared.padding.set(mask)
 
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> int:

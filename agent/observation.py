@@ -150,9 +150,10 @@ class Observer:
             self._failed(error)
         self._shared.seconds += time.perf_counter() - started
 
-    def call(self, activations: Tensor) -> None:
-        """What a hook does, for `agent.observe`."""
-        torch.ops.eigenwatch.observe(activations.detach(), self.pulse, id(self))
+    def call(self, activations: Any) -> None:
+        """What a hook does, for `agent.observe`; anything but a tensor is counted as an error."""
+        if not _show(activations, self.pulse, id(self)):
+            self._failed(TypeError(f"observe() was given a {type(activations).__name__}, not a tensor"))
 
     def take(self) -> Seen:
         """What was seen since the last call."""
@@ -177,7 +178,9 @@ class Observer:
         if place.columns is not None:
             activations = activations[..., slice(*place.columns)]
         # First of all, and whatever went wrong before: the other ranks of the group are waiting in it.
-        if place.gather is not None and activations.shape[-1] != place.width:
+        if place.gather is not None:
+            if activations.shape[-1] == place.width:  # then the group's ranks may well have tokens of their own
+                raise ValueError("its features are whole on this rank, though its weights seem tensor-parallel")
             activations = place.gather(activations)
         if self._muted or self._spoilt:
             return
@@ -231,17 +234,7 @@ class _InputHook:
         self.pulse = torch.zeros(1)
 
     def __call__(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
-        self._show(arguments[0] if arguments else keywords.get("input"))
-
-    def _show(self, activations: Any) -> None:
-        if isinstance(activations, DTensor):  # this rank's shard; asked by class, which the compiler understands
-            activations = activations.to_local()
-        elif type(activations) is not Tensor:  # another subclass may know no rule for our operator
-            return
-        if torch.compiler.is_compiling():
-            torch.ops.eigenwatch.observe(activations.detach(), self.pulse, self.observer_id)
-        elif (observer := _seeing.get(self.observer_id)) is not None:  # the operator's dispatch would cost 30 µs
-            observer.see(activations)
+        _show(arguments[0] if arguments else keywords.get("input"), self.pulse, self.observer_id)
 
     def __reduce__(self) -> Any:
         return _NoHook, ()
@@ -251,12 +244,29 @@ class _OutputHook(_InputHook):
     """Observes what comes out of a module; of a tuple (Megatron's linears also give their bias), the first."""
 
     def __call__(self, module: nn.Module, arguments: Any, keywords: Any, output: Any = None) -> None:
-        self._show(output[0] if isinstance(output, tuple) else output)
+        _show(output[0] if isinstance(output, tuple) else output, self.pulse, self.observer_id)
+
+
+def _show(value: Any, pulse: Tensor, seer_id: int) -> bool:
+    """Hands a tensor to whoever has this id in `_seeing`; False for what is no plain tensor."""
+    if isinstance(value, DTensor):  # this rank's shard; asked by class, which the compiler understands
+        value = value.to_local()
+    elif type(value) not in (Tensor, nn.Parameter):  # another subclass may know no rule for our operator
+        return False
+    if torch.compiler.is_compiling():
+        torch.ops.eigenwatch.observe(value.detach(), pulse, seer_id)
+    elif (seer := _seeing.get(seer_id)) is not None:  # the operator's dispatch would cost 30 µs
+        seer.see(value)
+    return True
 
 
 class _NoHook:
     def __call__(self, *whatever: Any) -> None:
         return None
+
+
+UNUSABLE_MASK = torch.zeros(0, 0, 0)
+"""Stands for a mask that is no tensor of (batch, time): it fits no activations, so that nothing is seen wrongly."""
 
 
 class _MaskSeer:
@@ -267,7 +277,7 @@ class _MaskSeer:
 
     def see(self, mask: Tensor) -> None:
         # Compiled code may use the memory of a mask that it made for something else once this call is over.
-        self._padding.set(mask.clone() if mask.numel() > 0 else None)
+        self._padding.set(mask.clone() if mask.ndim > 0 else (None if mask.item() == 0 else UNUSABLE_MASK))
 
 
 class _MaskHook:
@@ -277,13 +287,14 @@ class _MaskHook:
         self._seer, self._argument, self._position = seer, argument, position  # the registry alone would let it go
         self._seer_id = id(seer)
         self.pulse = torch.zeros(1)
-        self.none = torch.zeros(0)
+        self.none, self.unusable = torch.tensor(0), torch.tensor(1)
 
     def __call__(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         mask = keywords.get(self._argument)
         if mask is None and self._position is not None and self._position < len(arguments):
             mask = arguments[self._position]
-        torch.ops.eigenwatch.observe(self.none if mask is None else mask, self.pulse, self._seer_id)
+        if not _show(self.none if mask is None else mask, self.pulse, self._seer_id):
+            _show(self.unusable, self.pulse, self._seer_id)
 
     def __reduce__(self) -> Any:
         return _NoHook, ()

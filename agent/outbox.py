@@ -35,7 +35,9 @@ class OutboxLimits:
     """What may wait in the training process and beside it."""
 
     memory_bytes: int = 1 << 30
-    """Samples in this process that are not handed over yet; beyond it the oldest is dropped and counted."""
+    """Samples in this process that are not handed over yet; beyond it the oldest is dropped and counted. Half of it
+    may be activation rows; layers whose rows found no room hold their packed scatter instead, on top of it while the
+    step lasts: at most about 2·D² bytes for each observed place."""
     spool_bytes: int = 2 << 30
     """Partials handed over whose records are not durable yet; beyond it the oldest is dropped and counted."""
 

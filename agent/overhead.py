@@ -64,7 +64,9 @@ class Cadence:
 class Meter:
     """The time of steps, sampled and not, and the stall that a sampled one has."""
 
-    def __init__(self) -> None:
+    def __init__(self, asynchronous: bool = False) -> None:
+        """`asynchronous`: an accelerator works on after our calls have returned."""
+        self._asynchronous = asynchronous
         self._plain: deque[float] = deque(maxlen=50)
         self._sampled: deque[float] = deque(maxlen=9)
         self._timed: deque[float] = deque(maxlen=9)
@@ -93,14 +95,13 @@ class Meter:
 
     @property
     def stall_seconds(self) -> float | None:
-        """What sampling adds to a step: as timed in our calls, or by the difference of step times if that is more.
-
-        The difference shows what an accelerator does after our calls have returned. None before there is a sample.
+        """What sampling adds to a step: as timed in our calls, or, where an accelerator works on after these, by the
+        difference of step times if that is more. None before there is a sample.
         """
         if not self._timed:
             return None
         timed = statistics.median(self._timed)
-        if len(self._plain) < 5 or len(self._sampled) < 3:
+        if not self._asynchronous or len(self._plain) < 5 or len(self._sampled) < 3:
             return timed
         return max(timed, statistics.median(self._sampled) - statistics.median(self._plain))
 

@@ -73,10 +73,16 @@ def spread_of(module: nn.Module, rank: int, tensor_parallel: Any, sharded_by_fsd
         parts = getattr(module, "input_size_per_partition", None)
         if parts is not None and parts != module.input_size:
             raise ValueError(
-                f"{type(module).__name__} holds a part of its features: pass its group as tensor_parallel= to attach()"
+                f"{type(module).__name__} holds a part of its features: pass their group to attach(), "
+                "parallelism=Parallelism(tensor_parallel=group)"
             )
         return Spread((rank,))
     return _spread(group.get_group() if hasattr(group, "get_group") else group, rank)
+
+
+def replica_ranks(group: Any, rank: int) -> tuple[int, ...]:
+    """Global ranks of the group that holds the same tokens; this rank alone where there is none."""
+    return _spread(group.get_group() if hasattr(group, "get_group") else group, rank).ranks if group else (rank,)
 
 
 def whole_width(local_or_whole: int, module: nn.Module, spread: Spread) -> int:

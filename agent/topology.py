@@ -5,6 +5,7 @@ Every rank must know the whole topology before the first partial, or the aggrega
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import nn
 from ..schemas import LayerDescription, RunDescription, row_blocks
 from .discovery import FoundLayer, find_layers
 from .observation import Place
-from .parallel import Spread, WidthGather, fsdp_modules, spread_of, whole_width
+from .parallel import Spread, WidthGather, fsdp_modules, replica_ranks, spread_of, whole_width
 from .schedule import Schedule
 
 FINGERPRINT_NUMBERS = 1024
@@ -56,6 +57,9 @@ class Parallelism:
     """Global index of the first decoder layer of this rank's pipeline stage; one for each model chunk."""
     expert_offset: int = 0
     """Global index of this rank's first expert."""
+    replicas: Any = None
+    """Process group whose ranks hold the same tokens in layers that are whole on each, such as a tensor-parallel group
+    whose feed-forward layers are not split: its first rank alone observes them."""
 
 
 class Observed(NamedTuple):
@@ -84,6 +88,7 @@ def observed_places(
     """
     offsets = _offsets(parallelism.layer_offset, len(models))
     within_fsdp = fsdp_modules(models)
+    replicas = replica_ranks(parallelism.replicas, rank)
     places: dict[tuple[int, str, int | None], Observed] = {}
     required = alone and not declared and len(models) == 1
     for watch in watches:
@@ -101,6 +106,8 @@ def observed_places(
                     )
                 if one.site in watch.sites:
                     spread = spreads[one.layer, one.expert]
+                    if len(spread.ranks) == 1 and rank != min(replicas):
+                        continue
                     place = _place(one, spread, offset, parallelism.expert_offset, rank)
                     _add(places, Observed(place, one.module, watch.schedule, spread, _fingerprint(one.module)))
         missing = [one for one in layers if one not in existing] if isinstance(layers, list) else []
@@ -117,8 +124,25 @@ def observed_places(
             share=rank,
             block=(0, one_declared.width),
         )
-        _add(places, Observed(place, None, schedule, Spread((rank,)), None))
+        if rank == min(replicas):
+            _add(places, Observed(place, None, schedule, Spread((rank,)), None))
     return [places[key] for key in sorted(places, key=lambda k: (k[0], -1 if k[2] is None else k[2], k[1]))]
+
+
+def check_contract(observed: Sequence[Observed]) -> None:
+    """Refuses an overhead contract where ranks meet inside a sampled forward.
+
+    A rank that learnt of a change of cadence too late would leave the others of its group waiting for it.
+
+    Raises:
+        ValueError: a place is tensor-parallel and its schedule has a contract.
+    """
+    for one in observed:
+        if one.place.gather is not None and one.schedule.max_overhead is not None:
+            raise ValueError(
+                f"max_overhead cannot be kept for {one.place.name}, whose tensor-parallel ranks must sample the same "
+                "steps without fail: leave it out and choose every="
+            )
 
 
 def announced(observed: Sequence[Observed]) -> list[tuple[Any, ...]]:
@@ -144,14 +168,14 @@ def describe(same: dict[str, Any], launch_id: str, by_rank: Sequence[Sequence[tu
             if seen.width != width:
                 raise ValueError(
                     f"{what} has width {seen.width} on rank {seen.rank} and {width} on rank {rank}: if its features "
-                    "are split over ranks, pass their group as tensor_parallel="
+                    "are split over ranks, pass parallelism=Parallelism(tensor_parallel=their group)"
                 )
             part = share.index(rank)
             if fingerprint is not None and seen.fingerprints.setdefault(part, fingerprint) != fingerprint:
                 raise ValueError(
                     f"{what} ({name}) has other weights on rank {rank} than on another: if these are pipeline stages "
-                    "pass layer_offset=, if expert-parallel ranks expert_offset=; replicas must have loaded or "
-                    "broadcast their weights before attach()"
+                    "pass parallelism=Parallelism(layer_offset=…), if expert-parallel ranks expert_offset=…; replicas "
+                    "must have loaded or broadcast their weights before attach()"
                 )
             seen.shares[min(share)] = share
     if not layers:
@@ -243,10 +267,12 @@ def _add(places: dict[tuple[int, str, int | None], Observed], one: Observed) -> 
 
 def _fingerprint(module: nn.Module) -> float | None:
     """A number that replicas of a module share and other modules do not; None where weights are sharded."""
-    weight = getattr(module, "weight", None)
-    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.numel() == 0 or weight.is_meta:  # type: ignore[union-attr]
+    weight: Any = getattr(module, "weight", None)
+    whole = type(weight) in (nn.Parameter, torch.Tensor) and weight.ndim == 2 and weight.numel() > 0
+    if not whole or weight.is_meta:
         return None
-    return float(weight.detach().flatten()[:FINGERPRINT_NUMBERS].double().sum())  # type: ignore[union-attr]
+    number = float(weight.detach()[0, :FINGERPRINT_NUMBERS].double().sum())
+    return number if math.isfinite(number) else None
 
 
 def shown(places: Sequence[LayerDescription]) -> str:

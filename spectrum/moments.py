@@ -68,9 +68,8 @@ class Moments:
         self.scatter += scatter
         right_1D = shift.float()[None]
         left_1D = right_1D * (tokens * self.tokens / total)
-        with _ieee_float32_products():
-            for block, view in block_views(self.scatter, self.width, self.rows):
-                view.addmm_(left_1D[:, block.start : block.stop].T, right_1D[:, block.first_column :])
+        for block, view in block_views(self.scatter, self.width, self.rows):
+            _add_product(view, left_1D[:, block.start : block.stop], right_1D[:, block.first_column :])
         self.mean += shift * (tokens / total)
         self.tokens = total
 
@@ -92,22 +91,41 @@ class Moments:
         left_2D = right_2D * right_2D.new_tensor([[-count], [count * self.tokens / total]])
         self.mean += shift * (count / total)
         self.tokens = total
-        with _ieee_float32_products():
-            for block, view in block_views(self.scatter, self.width, self.rows):
-                own, beside = slice(block.start, block.stop), slice(block.first_column, None)
-                view.addmm_(rows[:, own].T, rows[:, beside])
-                view.addmm_(left_2D[:, own].T, right_2D[:, beside])
+        for block, view in block_views(self.scatter, self.width, self.rows):
+            own, beside = slice(block.start, block.stop), slice(block.first_column, None)
+            _add_product(view, rows[:, own], rows[:, beside])
+            _add_product(view, left_2D[:, own], right_2D[:, beside])
+
+
+def _add_product(view: Tensor, left: Tensor, right: Tensor) -> None:
+    """view += leftᵀ·right in full float32, whatever precision the training job chose for its own products.
+
+    Under TF32 or bf16 products (`torch.set_float32_matmul_precision`) the scatter would be wrong by 5e-4. On the CPU
+    that is float64 then, and never a change of the setting: it is the whole process's, and this may be a thread beside
+    the training's. On a GPU only the training thread forms products, and sets it for as long as that takes.
+    """
+    if _float32_is_exact(view.device):
+        view.addmm_(left.T, right)
+    elif view.device.type == "cpu":
+        view += (left.double().T @ right.double()).float()
+    else:
+        with _exact_float32():
+            view.addmm_(left.T, right)
+
+
+def _float32_is_exact(device: torch.device) -> bool:
+    torch_backends: Any = torch.backends
+    backend = torch_backends.mkldnn if device.type == "cpu" else torch_backends.cuda
+    if not hasattr(backend.matmul, "fp32_precision"):  # torch < 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    chosen = [one.fp32_precision for one in (backend.matmul, torch_backends)]
+    return all(precision in ("none", "ieee") for precision in chosen)
 
 
 @contextmanager
-def _ieee_float32_products() -> Iterator[None]:
-    """Full float32 products, whatever the training job chose for its own.
-
-    Under TF32 or bf16 products (`torch.set_float32_matmul_precision`) the scatter would be wrong by 5e-4.
-    """
-    torch_backends: Any = torch.backends
-    backends = (torch_backends.cuda.matmul, torch_backends.mkldnn.matmul)
-    if not hasattr(backends[0], "fp32_precision"):  # torch < 2.9
+def _exact_float32() -> Iterator[None]:
+    matmul: Any = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):  # torch < 2.9
         chosen = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -115,11 +133,9 @@ def _ieee_float32_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(chosen)
         return
-    chosen_each = [backend.fp32_precision for backend in backends]
+    precision = matmul.fp32_precision
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        matmul.fp32_precision = "ieee"
         yield
     finally:
-        for backend, precision in zip(backends, chosen_each, strict=True):
-            backend.fp32_precision = precision
+        matmul.fp32_precision = precision

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 
 def metered(step: float, stall: float, timed: float | None = None, plain: int = 20, sampled: int = 5) -> Meter:
-    meter = Meter()
+    meter = Meter(asynchronous=True)
     for _ in range(WARM_UP_STEPS):
         meter.ended(1000.0, True, 1000.0)
     for _ in range(plain):
@@ -24,6 +24,14 @@ def test_the_stall_is_spread_over_the_steps_between_samples():
 def test_work_that_goes_on_after_our_calls_is_counted_by_the_difference_of_step_times():
     assert metered(step=0.5, stall=0.1, timed=0.001).stall_seconds == pytest.approx(0.1)
     assert metered(step=0.5, stall=0.1, timed=0.001, plain=2).stall_seconds == pytest.approx(0.001)
+
+
+def test_on_a_cpu_what_else_makes_a_sampled_step_long_is_not_counted():
+    meter = Meter()
+    for step in range(100):
+        evaluates = step % 10 == 0
+        meter.ended(10.0 if evaluates else 0.5, sampled=evaluates, timed_seconds=0.001 * evaluates)
+    assert meter.stall_seconds == pytest.approx(0.001)
 
 
 def test_where_every_step_is_sampled_its_own_part_is_taken_off():

@@ -6,6 +6,7 @@ from eigenwatch.schemas import packed_length, packed_offset
 from eigenwatch.spectrum import Moments, moments, unpack
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from .cases import property_test, samples, two_pass_scatter
 
@@ -148,3 +149,22 @@ def test_a_block_of_rows_is_that_part_of_the_triangle(rows):
     start, stop = (packed_offset(600, row) for row in rows)
     assert torch.equal(block.mean, whole.mean)
     torch.testing.assert_close(block.scatter, whole.scatter[start:stop], rtol=1e-5, atol=1e-4)
+
+
+def test_a_product_beside_the_training_never_touches_the_settings_of_the_process(monkeypatch):
+    """They are the whole process's, and the outbox's thread forms scatters while the training computes."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    seen, add = [], Tensor.__iadd__
+
+    def looking(view, product):
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return add(view, product)
+
+    monkeypatch.setattr(Tensor, "__iadd__", looking)
+    try:
+        accumulate(torch.randn(64, 40))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen
+    assert set(seen) == {"bf16"}
