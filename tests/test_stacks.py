@@ -16,6 +16,7 @@ from tests.jobs.launch import REPOSITORY
 from tests.stacks import plain
 from tests.stacks.stacks import STACKS
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all stacks
 RANKS = 4
 BOTH = ("post", "pre")
 
