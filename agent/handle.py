@@ -78,7 +78,6 @@ class Agent:
         self._pid = os.getpid()
         self._last_step = -1
         self._step_ended_at: float | None = None
-        self._observed_once = False
         self._undelivered: int | None = None
         self._warned: set[str] = set()
         atexit.register(self.close)
