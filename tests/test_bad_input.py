@@ -73,7 +73,7 @@ def test_the_embedded_aggregators_error_is_raised_by_attach():
 
 def test_a_model_without_feed_forward_layers_is_refused_with_candidates(tmp_path):
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
-    with pytest.raises(ValueError, match=r"no LLaMA, .*GPT-NeoX.* layer found: pass layers=.*candidates: N$"):
+    with pytest.raises(ValueError, match=r"no .*LLaMA, .*GPT-NeoX.* layer found: pass layers=.*candidates: N$"):
         attach(model, run_id="a", aggregator="inline", store=str(tmp_path))
 
 
