@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spectrum import Moments
+from ..spectrum import Moments, block_length
 
 
 class Room:
@@ -127,7 +127,7 @@ class Capture:
         return fits
 
     def _add_from_device(self, x_ND: Tensor, scratch: Scratch) -> None:
-        scatter_bytes = 4 * Moments.scatter_length(self.width, self.block)
+        scatter_bytes = 4 * block_length(self.width, self.block)
         if x_ND.nbytes <= scatter_bytes:
             if not self._hold(x_ND.nbytes):
                 raise NoRoom(f"{x_ND.nbytes} bytes of rows")
@@ -185,7 +185,7 @@ class Scratch:
 
     def fold(self, x_ND: Tensor, width: int, block: tuple[int, int]) -> tuple[tuple[Tensor, ...], Any]:
         """Forms mean and scatter of rows on the device, and starts their copies to the host."""
-        scatter = self._next(4 * Moments.scatter_length(width, block)).view(torch.float32).zero_()
+        scatter = self._next(4 * block_length(width, block)).view(torch.float32).zero_()
         moments = Moments(width, device=self._device, rows=block, scatter=scatter)
         moments.add(x_ND)
         return self._copy(moments.mean, moments.scatter)

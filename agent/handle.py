@@ -191,9 +191,7 @@ class Agent:
 
     def _discard(self) -> None:
         for one in self._watched:
-            seen = one.observer.take()
-            if seen.capture is not None:
-                seen.capture.release()
+            one.observer.discard()
         self._shared.padding.set(None)
 
     def _hand_over(self, step: int) -> None:

@@ -189,8 +189,8 @@ class InlineHandover:
         self._attempt: int = self.aggregator.open(run)
 
     def send(self, partial: Partial) -> None:
-        header, mean, scatter = partial.to_wire()
-        reply = self.aggregator.push(header | {"attempt": self._attempt}, mean, scatter)
+        header, mean, payload = partial.to_wire()
+        reply = self.aggregator.push(header | {"attempt": self._attempt}, mean, payload)
         if reply.status not in ("merged", "duplicate", "durable"):
             self.dropped[reply.reason or reply.status] += 1
 

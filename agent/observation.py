@@ -164,9 +164,15 @@ class Observer:
             capture = None
         return Seen(capture, spoilt, lost)
 
+    def discard(self) -> None:
+        """Forgets what was seen since the last call, and gives back its room."""
+        seen = self.take()
+        if seen.capture is not None:
+            seen.capture.release()
+
     def close(self) -> None:
         self._detach()
-        self.take()
+        self.discard()
 
     def _detach(self) -> None:
         if self._handle is not None:

@@ -77,12 +77,12 @@ def spread_of(module: nn.Module, rank: int, tensor_parallel: Any, sharded_by_fsd
                 "parallelism=Parallelism(tensor_parallel=group)"
             )
         return Spread((rank,))
-    return _spread(group.get_group() if hasattr(group, "get_group") else group, rank)
+    return _spread(group, rank)
 
 
 def replica_ranks(group: Any, rank: int) -> tuple[int, ...]:
     """Global ranks of the group that holds the same tokens; this rank alone where there is none."""
-    return _spread(group.get_group() if hasattr(group, "get_group") else group, rank).ranks if group else (rank,)
+    return _spread(group, rank).ranks if group else (rank,)
 
 
 def whole_width(local_or_whole: int, module: nn.Module, spread: Spread) -> int:
@@ -106,5 +106,7 @@ def fsdp_modules(models: Sequence[nn.Module]) -> set[nn.Module]:
 
 
 def _spread(group: Any, rank: int) -> Spread:
+    """Of a process group or a one-dimensional device mesh."""
+    group = group.get_group() if hasattr(group, "get_group") else group
     ranks = tuple(dist.get_process_group_ranks(group))
     return Spread(ranks, group) if len(ranks) > 1 else Spread((rank,))

@@ -29,7 +29,7 @@ from .ranks import (
     utilization_index,
 )
 from .shares import entropy, variance_shares
-from .triangle import pack, tile_views, trace_and_frobenius_sq, unpack
+from .triangle import block_length, block_views, pack, trace_and_frobenius_sq, unpack
 
 __all__ = [
     "Correction",
@@ -37,6 +37,8 @@ __all__ = [
     "Moments",
     "PowerLaw",
     "Share",
+    "block_length",
+    "block_views",
     "covariance_of",
     "effective_dimension",
     "eigenvalues",
@@ -58,7 +60,6 @@ __all__ = [
     "soft_rank_corrected",
     "soft_utilization",
     "spectral_concentration",
-    "tile_views",
     "top1_share",
     "trace_and_frobenius_sq",
     "unpack",

@@ -73,11 +73,6 @@ class Moments:
         self.mean += shift * (tokens / total)
         self.tokens = total
 
-    @staticmethod
-    def scatter_length(width: int, rows: tuple[int, int]) -> int:
-        """How many numbers the scatter of a block holds."""
-        return block_length(width, rows)
-
     def _fold(self, x_ND: Tensor) -> None:
         count = x_ND.shape[0]
         dtype = torch.promote_types(x_ND.dtype, torch.float32)

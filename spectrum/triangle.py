@@ -8,25 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..schemas import TILE_ROWS, Tile, packed_length, packed_offset, row_tiles
-
-
-def tile_views(packed: Tensor, width: int) -> list[tuple[Tile, Tensor]]:
-    """Each row tile with its part of the packed triangle, top to bottom.
-
-    Args:
-        packed: (packed_length(width),)
-        width: D of the symmetric matrix.
-
-    Returns:
-        pairs of a tile and a contiguous (stop−start, D−start) view: rows [start, stop), columns [start, D).
-    """
-    assert packed.shape == (packed_length(width),), (packed.shape, width)
-    views = []
-    for tile in row_tiles(width):
-        flat = packed[tile.offset : tile.offset + tile.length(width)]
-        views.append((tile, flat.view(tile.shape(width))))
-    return views
+from ..schemas import TILE_ROWS, packed_offset, row_tiles
 
 
 class Block(NamedTuple):
@@ -74,12 +56,12 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     average is taken, so that the result is symmetric to the last bit.
     """
     matrix = packed.new_empty((width, width))
-    for tile, view in tile_views(packed, width):
-        rows = tile.stop - tile.start
+    for block, view in block_views(packed, width, (0, width)):
+        rows = block.stop - block.start
         square, beside = view[:, :rows], view[:, rows:]
-        matrix[tile.start : tile.stop, tile.start : tile.stop] = (square + square.T) / 2
-        matrix[tile.start : tile.stop, tile.stop :] = beside
-        matrix[tile.stop :, tile.start : tile.stop] = beside.T
+        matrix[block.start : block.stop, block.start : block.stop] = (square + square.T) / 2
+        matrix[block.start : block.stop, block.stop :] = beside
+        matrix[block.stop :, block.start : block.stop] = beside.T
     return matrix
 
 

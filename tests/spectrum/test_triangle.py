@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 from eigenwatch.schemas import packed_length, packed_offset
-from eigenwatch.spectrum import pack, tile_views, trace_and_frobenius_sq, unpack
+from eigenwatch.spectrum import block_views, pack, trace_and_frobenius_sq, unpack
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def test_packing_and_unpacking_gives_the_matrix_back(width):
 def test_what_is_written_into_the_views_is_in_the_matrix(width):
     matrix = symmetric(width)
     packed = torch.zeros(packed_length(width), dtype=torch.float64)
-    for tile, view in tile_views(packed, width):
+    for tile, view in block_views(packed, width, (0, width)):
         assert view.is_contiguous()
         view += matrix[tile.start : tile.stop, tile.start :]
     assert torch.equal(unpack(packed, width), matrix)
