@@ -15,25 +15,15 @@ TILE_ROWS = 256
 
 
 class Tile(NamedTuple):
-    """Rows [start, stop) and columns [start, width) of the matrix, at `offset` of the packed array."""
+    """Rows [start, stop) and columns [start, width) of the matrix, from `packed_offset(width, start)` on."""
 
     start: int
     stop: int
-    offset: int
-
-    def shape(self, width: int) -> tuple[int, int]:
-        return self.stop - self.start, width - self.start
-
-    def length(self, width: int) -> int:
-        rows, columns = self.shape(width)
-        return rows * columns
 
 
 def row_tiles(width: int) -> list[Tile]:
     """The tiles of a (width, width) matrix, top to bottom."""
-    return [
-        Tile(start, min(start + TILE_ROWS, width), packed_offset(width, start)) for start in range(0, width, TILE_ROWS)
-    ]
+    return [Tile(start, min(start + TILE_ROWS, width)) for start in range(0, width, TILE_ROWS)]
 
 
 def packed_offset(width: int, row: int) -> int:
