@@ -350,7 +350,7 @@ def arrow_file(folder, **columns: pa.Array) -> bytes:
         {"a": pa.array(["no json"]), "b": pa.array([b""], pa.large_binary()), "c": pa.array([b""], pa.large_binary())},
         {"a": pa.array(["{}"]), "b": pa.array([b"123"], pa.large_binary()), "c": pa.array([b""], pa.large_binary())},
     ],
-    ids=str,
+    ids=["no column", "a column", "integers", "no rows", "nulls", "no json", "no numbers"],
 )
 def test_another_arrow_file_is_refused(spool, tmp_path, columns):
     assert not readable(spool, arrow_file(tmp_path, **columns))
