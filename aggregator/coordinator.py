@@ -18,8 +18,7 @@ import pyarrow.dataset as ds
 
 from ..schemas import RUNS, RunDescription, table_folder
 from ..schemas.delivery import Opened
-from .open_records import Launch
-from .snapshot import RunState
+from .snapshot import Launch, RunState
 from .writer import StoreWriter
 
 log = logging.getLogger("eigenwatch.aggregator")

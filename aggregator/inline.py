@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from ..schemas import RunDescription
 from ..schemas.delivery import PushReply
+from .config import ShardLimits, SolverConfig
 from .coordinator import Coordinator
 from .exporter import Endpoint
-from .shard import Shard, ShardLimits
+from .shard import Shard
 from .snapshot import Snapshot
-from .solver import SolverConfig
 
 _SHARD = "shard-0"
 

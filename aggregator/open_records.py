@@ -12,10 +12,9 @@ from typing import Literal, NamedTuple
 
 from ..schemas import SCATTER, PartialCovariance, RecordKey, packed_length
 from ..spectrum import Group
+from .snapshot import Launch
 
 TurnedAway = Literal["duplicate", "busy"]
-Launch = tuple[str, int]
-"""(run_id, attempt)"""
 
 MIXED = "mixed"
 """The form of a record whose partials came in both."""

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -18,12 +17,10 @@ import ray.exceptions
 import ray.util
 
 from ..schemas.delivery import COORDINATOR, NAMESPACE, check_reachable
-from .coordinator import Coordinator
+from .actors import CoordinatorActor, ShardActor
+from .config import ServiceConfig
 from .exporter import Endpoint
-from .open_records import Launch
-from .shard import Shard, ShardLimits
-from .snapshot import RunState, ShardSnapshot, Snapshot
-from .solver import SolverConfig
+from .snapshot import Launch, RunState, ShardSnapshot, Snapshot
 from .writer import StoreWriter
 
 log = logging.getLogger("eigenwatch.aggregator")
@@ -34,25 +31,6 @@ SCHEDULE_SECONDS = 60.0
 FLUSH_SECONDS = 120.0
 CALL_SECONDS = 30.0
 OBJECT_STORE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServiceConfig:
-    """What `eigenwatch serve` was asked for."""
-
-    store: str
-    address: str | None = None
-    """An existing Ray cluster; None starts a local one."""
-    metrics_host: str = "127.0.0.1"
-    metrics_port: int = 9845
-    """0 takes a free one."""
-    shards: int = 1
-    solver: SolverConfig = field(default_factory=SolverConfig)
-    limits: ShardLimits = field(default_factory=ShardLimits)
-
-    def __post_init__(self) -> None:
-        if self.shards < 1:
-            raise ValueError(f"shards must be at least 1, got {self.shards}")
 
 
 class Service:
@@ -155,9 +133,9 @@ def _start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = 1 if config.solver.device != "cpu" and resources.get("GPU", 0) >= config.shards else 0
     names = [f"shard-{index}" for index in range(config.shards)]
-    coordinator = _actor(Coordinator, name=COORDINATOR, num_cpus=0).remote(config.store, names)
+    coordinator = _actor(CoordinatorActor, name=COORDINATOR, num_cpus=0).remote(config.store, names)
     shards = [
-        _actor(Shard, name=name, num_cpus=1, num_gpus=gpus).remote(config.store, config.solver, config.limits)
+        _actor(ShardActor, name=name, num_cpus=1, num_gpus=gpus).remote(config.store, config.solver, config.limits)
         for name in names
     ]
     try:

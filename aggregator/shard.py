@@ -12,7 +12,6 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -39,12 +38,13 @@ from ..schemas import (
 )
 from ..schemas.delivery import Durability, PushReply
 from ..spectrum import covariance_of
+from .config import ShardLimits, SolverConfig
 from .judge import Judge
-from .open_records import ClosedRecord, Launch, OpenRecords
+from .open_records import ClosedRecord, OpenRecords
 from .site_pairs import SitePairs, sibling_of
-from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, RunCounters, ShardSnapshot
+from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, Launch, RunCounters, ShardSnapshot
 from .solved_record import SolvedRecord, rows_by_table, solve_record
-from .solver import Solver, SolverConfig
+from .solver import Solver
 from .writer import StoreWriter
 
 log = logging.getLogger("eigenwatch.aggregator")
@@ -54,21 +54,6 @@ WRITE_SECONDS = 1.0
 """A solved record waits at most about this long for others to share its file."""
 REMEMBERED_RECORDS = 200_000
 """Durable records that a shard remembers, so that a partial pushed again is known."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardLimits:
-    """What a shard waits for and holds."""
-
-    deadline_seconds: float = 60.0
-    """A record is stored incomplete when the last rank has not come this long after the first."""
-    memory_bytes: int = 4 << 30
-    """Groups being merged; beyond it couriers are told to push again later."""
-
-    def __post_init__(self) -> None:
-        for name in ("deadline_seconds", "memory_bytes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 class Shard:

@@ -8,6 +8,9 @@ from typing import NamedTuple
 from ..schemas import SeriesKey
 from .judge import Alert
 
+Launch = tuple[str, int]
+"""(run_id, attempt)"""
+
 
 class LatestRecord(NamedTuple):
     """The newest durable record of one series."""

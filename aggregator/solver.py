@@ -3,27 +3,13 @@
 Runs on the shard's worker thread; torch releases the interpreter lock while it works, so pushes go on.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..spectrum import eigenvalues
-
-DEVICES = ("auto", "cpu", "cuda")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SolverConfig:
-    """Where covariances are solved."""
-
-    device: str = "auto"
-    """"cuda", "cpu", or "auto": a GPU where Ray gave this process one, else the CPU."""
-
-    def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+from .config import SolverConfig
 
 
 class Solved(NamedTuple):

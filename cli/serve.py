@@ -56,9 +56,8 @@ def serve(
     Runs until SIGTERM or Ctrl-C, then writes everything that it has received.
     """
     os.environ.update(token_environment(os.environ, starts_ray=address is None))
-    from ..aggregator.service import Service, ServiceConfig
-    from ..aggregator.shard import ShardLimits
-    from ..aggregator.solver import SolverConfig
+    from ..aggregator.config import ServiceConfig, ShardLimits, SolverConfig
+    from ..aggregator.service import Service
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if follow_stdin:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 MARKER = "EIGENWATCH_TEST_MARKER"
+PATIENCE_SECONDS = 180.0
+"""How long a test waits for what must come: so long that a busy machine alone does not fail it."""
 _T = TypeVar("_T")
 
 
@@ -37,12 +39,22 @@ def end_all(marker: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def wait_until(condition: Callable[[], _T], seconds: float = 60.0, what: str = "the condition") -> _T:
-    """The first true value of `condition`, asked again and again until the deadline."""
-    deadline = time.monotonic() + seconds
+def wait_for_the_end_of_all(marker: str, but_for: str | None = None) -> None:
+    """Waits until no process that carries the marker lives, whose command line does not hold `but_for`."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while left := {
+        pid: command for pid, command in marked(marker).items() if but_for is None or but_for not in command
+    }:
+        assert time.monotonic() < deadline, f"these live on after {PATIENCE_SECONDS:g} s: {left}"
+        time.sleep(0.05)
+
+
+def wait_until(condition: Callable[[], _T], what: str = "the condition") -> _T:
+    """The first true value of `condition`, asked again and again."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < deadline, f"{what} did not come true within {seconds:g} s"
+        assert time.monotonic() < deadline, f"{what} did not come true within {PATIENCE_SECONDS:g} s"
         time.sleep(0.05)

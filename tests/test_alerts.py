@@ -34,7 +34,7 @@ def train(served, run_id: str, config: DecoderConfig, lr: float, warm_up: int) -
             steps = {s.value for s in shown["eigenwatch_last_record_step"] if s.labels["run"] == run_id}
             return shown if steps == {STEPS - EVERY} else None
 
-        shown = wait_until(recorded, 60, "the last record on the endpoint")
+        shown = wait_until(recorded, "the last record on the endpoint")
     alerts = shown.get("eigenwatch_alert_active", [])
     return [sample.labels for sample in alerts if sample.labels["run"] == run_id and sample.value == 1]
 

@@ -10,7 +10,7 @@ from eigenwatch.history import open_history
 
 from tests.conftest import start_serve, stop_serve
 from tests.jobs.launch import read_whole_store, start_job, step_of
-from tests.processes import end_all, marked, wait_until
+from tests.processes import end_all, marked, wait_for_the_end_of_all, wait_until
 
 LAYERS = 3
 
@@ -38,10 +38,10 @@ def test_training_survives_the_death_of_ray_and_says_what_was_not_delivered(own_
         out, job_environment, "--run-id", "ray-dies", "--aggregator", own_serve.address,
         "--steps", "100000", "--until-go", "--every", "3", "--step-seconds", "0.1", "--close-seconds", "5",
     )  # fmt: skip
-    wait_until(lambda: list(own_serve.store.rglob("records/part-*.parquet")), 90, "the first records")
+    wait_until(lambda: list(own_serve.store.rglob("records/part-*.parquet")), "the first records")
     end_all(own_serve.marker)  # serve, raylet, GCS and every actor at once
     died_at = step_of(out)
-    wait_until(lambda: step_of(out) >= died_at + 10, 60, "ten more steps")
+    wait_until(lambda: step_of(out) >= died_at + 10, "ten more steps")
     (out / "go").touch()
     assert job.wait(60) == 0, (out / "stderr").read_text()
     for rank in range(2):
@@ -58,7 +58,7 @@ def test_sigterm_to_serve_writes_everything_that_it_received(own_serve, job_envi
         out, job_environment, "--run-id", "serve-ends", "--aggregator", own_serve.address,
         "--steps", "9", "--every", "2", "--hold",
     )  # fmt: skip
-    wait_until(lambda: (out / "trained-0").exists() and (out / "trained-1").exists(), 90, "the end of training")
+    wait_until(lambda: (out / "trained-0").exists() and (out / "trained-1").exists(), "the end of training")
 
     def received() -> int:
         with urllib.request.urlopen(own_serve.metrics_url) as response:
@@ -66,7 +66,7 @@ def test_sigterm_to_serve_writes_everything_that_it_received(own_serve, job_envi
         name = 'eigenwatch_partials_received_total{run="serve-ends"} '
         return next((int(float(line.removeprefix(name))) for line in lines if line.startswith(name)), 0)
 
-    wait_until(lambda: received() == 5 * LAYERS * 2, 30, "the arrival of every partial")
+    wait_until(lambda: received() == 5 * LAYERS * 2, "the arrival of every partial")
     assert stop_serve(own_serve) == 0
     expected = [(step, layer, True) for step in range(0, 9, 2) for layer in range(LAYERS)]
     assert records(own_serve.store, "serve-ends") == expected
@@ -80,13 +80,13 @@ def test_a_killed_trainer_leaves_a_readable_store_with_every_closed_record_and_n
         out, job_environment, "--run-id", "trainer-dies", "--store", str(store),
         "--steps", "500", "--every", "2", "--step-seconds", "0.2",
     )  # fmt: skip
-    wait_until(lambda: step_of(out) >= 13, 90, "step 13")
+    wait_until(lambda: step_of(out) >= 13, "step 13")
     marker = job_environment["EIGENWATCH_TEST_MARKER"]
     for pid, command in marked(marker).items():
         if "tests.jobs.train" in command:
             os.kill(pid, signal.SIGKILL)
     job.wait(30)
-    wait_until(lambda: not marked(marker), 90, "the end of every process")
+    wait_for_the_end_of_all(marker)
     assert read_whole_store(store) > 0
     found = records(store, "trainer-dies")
     whole = [(step, layer) for step, layer, complete in found if complete]
@@ -102,7 +102,7 @@ def test_couriers_that_die_before_the_end_are_replaced_and_everything_is_deliver
         out, job_environment, "--run-id", "couriers-die", "--aggregator", served.address,
         "--steps", "9", "--every", "2", "--hold",
     )  # fmt: skip
-    wait_until(lambda: (out / "trained-0").exists() and (out / "trained-1").exists(), 90, "the end of training")
+    wait_until(lambda: (out / "trained-0").exists() and (out / "trained-1").exists(), "the end of training")
     for pid, command in marked(job_environment["EIGENWATCH_TEST_MARKER"]).items():
         if "eigenwatch.agent.courier" in command:
             os.kill(pid, signal.SIGKILL)

@@ -41,7 +41,7 @@ def finished_job(served, tmp_path_factory):
         steps = {s.labels["layer"]: s.value for s in shown["eigenwatch_last_record_step"] if s.labels["run"] == "main"}
         return shown if list(steps.values()) == [max(SAMPLED)] * LAYERS else None
 
-    shown = wait_until(all_recorded, 120, "the last sampled step on the endpoint")
+    shown = wait_until(all_recorded, "the last sampled step on the endpoint")
     with urllib.request.urlopen(served.metrics_url) as response:
         (out / "exposition.txt").write_bytes(response.read())
     (out / "go").touch()
@@ -133,7 +133,7 @@ def test_the_series_of_an_ended_run_vanish(finished_job, served):
         shown = exposition(served.metrics_url)
         return not any(s.labels.get("run") == "main" for family in shown.values() for s in family)
 
-    wait_until(gone, 30, "the end of the run's series")
+    wait_until(gone, "the end of the run's series")
 
 
 def test_the_run_is_described_in_the_store(finished_job, served):

@@ -91,7 +91,7 @@ def test_stopped_courier_full_memory_and_full_spool_lose_only_the_oldest_and_the
     spool = Spool.create([filled.parent, tmp_path], run("overflow"), 0, Destination(served.address))
     room = 3 * (partial("overflow", 0).nbytes + 2000)
     handover = CourierHandover(spool, room)
-    (courier,) = wait_until(lambda: couriers(spool), 10, "a courier")
+    (courier,) = wait_until(lambda: couriers(spool), "a courier")
     os.kill(courier, signal.SIGSTOP)
     for step in range(5):
         handover.send(partial("overflow", step))
@@ -111,7 +111,7 @@ def test_stopped_courier_full_memory_and_full_spool_lose_only_the_oldest_and_the
 def test_closing_is_bounded_while_the_courier_is_stopped_and_says_where_the_rest_is(tmp_path, caplog):
     spool = Spool.create([tmp_path], run("stopped"), 0, NOWHERE)
     handover = CourierHandover(spool, 1 << 30)
-    (courier,) = wait_until(lambda: couriers(spool), 10, "a courier")
+    (courier,) = wait_until(lambda: couriers(spool), "a courier")
     os.kill(courier, signal.SIGSTOP)
     handover.send(partial("stopped", 0))
     started = time.monotonic()
@@ -135,5 +135,5 @@ def test_a_courier_that_cannot_be_started_is_tried_again(tmp_path, caplog):
         handover.tick({})
         return couriers(spool)
 
-    wait_until(started, 10, "a courier")
+    wait_until(started, "a courier")
     assert handover.close(0.5, {}) == 1

@@ -228,7 +228,7 @@ def test_losses_of_the_transport_are_losses_of_the_rank():
     box = outbox(handover)
     handover.dropped["spool_error"] += 2
     assert box.dropped == {"spool_error": 2}
-    wait_until(lambda: {"spool_error": 2} in handover.ticks, 10, "a tick that tells them")
+    wait_until(lambda: {"spool_error": 2} in handover.ticks, "a tick that tells them")
     box.close(10)
 
 
@@ -309,7 +309,7 @@ class FailingTicks(Recorder):
 def test_a_transport_that_fails_between_samples_does_not_end_the_thread():
     handover = FailingTicks()
     box = outbox(handover)
-    wait_until(lambda: handover.ticks, 10, "the first tick")
+    wait_until(lambda: handover.ticks, "the first tick")
     box.put(sample(0))
     box.close(10)
     assert handover.steps == [0]

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from eigenwatch import spectrum
-from eigenwatch.aggregator.shard import Shard, ShardLimits
-from eigenwatch.aggregator.solver import SolverConfig
+from eigenwatch.aggregator.config import ShardLimits, SolverConfig
+from eigenwatch.aggregator.shard import Shard
 from eigenwatch.schemas import (
     METRIC_NAMES,
     LayerDescription,
@@ -99,7 +99,7 @@ def durable(shard: Shard, *keys: RecordKey) -> list[bool]:
 
 
 def wait_for_rows(store: Path, count: int) -> list[dict[str, Any]]:
-    return wait_until(lambda: found if len(found := stored(store)) >= count else [], 15, f"{count} records")
+    return wait_until(lambda: found if len(found := stored(store)) >= count else [], f"{count} records")
 
 
 def test_a_record_is_that_of_all_tokens_together(open_shard, tmp_path):
@@ -133,7 +133,7 @@ def test_the_same_partial_again_changes_nothing(open_shard, tmp_path):
     assert push(shard, partial(0), partial(0), partial(1), partial(1)) == ["merged", "duplicate", "merged", "duplicate"]
     (record,) = wait_for_rows(tmp_path, 1)
     assert record["tokens"] == 80
-    wait_until(lambda: durable(shard) == [True], 5)
+    wait_until(lambda: durable(shard) == [True], "its durability")
     assert push(shard, partial(0), partial(1)) == ["durable", "durable"]
     assert shard.snapshot([]).counters["run"].duplicated == 4
 
@@ -187,7 +187,7 @@ def test_a_record_is_stored_incomplete_at_its_deadline_and_again_when_the_late_r
     (early,) = wait_for_rows(tmp_path, 1)
     assert (early["complete"], early["ranks_seen"], early["ranks_expected"], early["tokens"]) == (False, 1, 2, 40)
     assert early["hard_rank_correction"] == "gaussian"
-    wait_until(lambda: durable(shard) == [True], 5)
+    wait_until(lambda: durable(shard) == [True], "its durability")
     assert push(shard, partial(0)) == ["duplicate"]
     assert push(shard, partial(1)) == ["merged"]
     first, second = wait_for_rows(tmp_path, 2)
@@ -221,7 +221,7 @@ def test_a_rank_that_comes_late_to_a_restarted_shard_does_not_replace_what_more_
 
     second = open_shard(described, deadline_seconds=SOON)
     assert push(second, partial(2)) == ["merged"]
-    wait_until(lambda: second.snapshot([]).counters["run"].dropped, 15, "the loss to be counted")
+    wait_until(lambda: second.snapshot([]).counters["run"].dropped, "the loss to be counted")
     assert second.snapshot([]).counters["run"].dropped == (("late", 1),)
     second.close(FLUSH_SECONDS)
     assert stored(tmp_path) == [before]
@@ -304,19 +304,19 @@ def test_what_the_store_refuses_is_kept_until_it_takes_it(open_shard, tmp_path, 
     in_the_way = tmp_path / "run_id=run"
     in_the_way.touch()
     push(shard, partial(0), partial(1))
-    wait_until(lambda: "trying again" in caplog.text, 10, "the first refusal")
+    wait_until(lambda: "trying again" in caplog.text, "the first refusal")
     assert durable(shard) == [False]
     assert shard.flush(0.1) == 1
     in_the_way.unlink()
     (record,) = wait_for_rows(tmp_path, 1)
     assert record["complete"]
-    wait_until(lambda: durable(shard) == [True], 5)
+    wait_until(lambda: durable(shard) == [True], "its durability")
 
 
 def test_when_memory_is_full_ranks_are_asked_to_push_again(open_shard):
     shard = open_shard(memory_bytes=1)
     assert push(shard, partial(0), partial(0, step=200), partial(1)) == ["merged", "busy", "merged"]
-    wait_until(lambda: push(shard, partial(0, step=200)) == ["merged"], 10, "room")
+    wait_until(lambda: push(shard, partial(0, step=200)) == ["merged"], "room")
 
 
 def test_a_snapshot_counts_what_happened(open_shard):
@@ -458,7 +458,7 @@ def test_a_record_without_the_rest_of_a_share_is_that_of_the_others(open_shard, 
 def test_a_record_of_which_no_share_is_whole_is_given_up_at_its_deadline_and_counted(open_shard, tmp_path):
     shard = open_shard(run(SHARED), deadline_seconds=SOON)
     push(shard, UPPER)
-    wait_until(lambda: shard.snapshot([]).counters["run"].dropped == (("incomplete_share", 1),), 15, "the loss")
+    wait_until(lambda: shard.snapshot([]).counters["run"].dropped == (("incomplete_share", 1),), "the loss")
     assert durable(shard) == [True], "it is not to be kept any longer"
     assert stored(tmp_path) == []
     push(shard, LOWER)
@@ -494,7 +494,7 @@ def test_an_expert_that_nobody_saw_a_token_of_is_a_record_without_metrics(open_s
     assert [name for name in METRIC_NAMES if record[name] is not None] == []
     assert record["solver"] is None
     assert stored(tmp_path, "eigenvalues") == []
-    wait_until(lambda: durable(shard, KEY._replace(expert=3)) == [True], 5)
+    wait_until(lambda: durable(shard, KEY._replace(expert=3)) == [True], "its durability")
     (latest,) = shard.snapshot([]).latest
     assert (latest.values["tokens"], latest.values["finite"]) == (0, 1)
 
@@ -581,7 +581,7 @@ def test_both_sites_of_a_layer_know_how_far_their_spectra_lie_apart(open_shard, 
     shard = open_shard(BOTH_SITES)
     first, second = (at_pre(), partial(0)) if pre_first else (partial(0), at_pre())
     push(shard, first)
-    wait_until(lambda: shard.snapshot([]).solve_seconds.counts[-1] == 1, 10, "the first to be solved")
+    wait_until(lambda: shard.snapshot([]).solve_seconds.counts[-1] == 1, "the first to be solved")
     push(shard, second)
     records = wait_for_rows(tmp_path, 2)
     post, pre = (spectrum.eigenvalues(torch.cov(x_ND.double().T)) for x_ND in (rows(0), rows(7, tokens=60)))
@@ -593,13 +593,13 @@ def test_both_sites_of_a_layer_know_how_far_their_spectra_lie_apart(open_shard, 
 def test_a_record_that_waits_for_its_sibling_is_not_durable_and_comes_out_at_the_deadline(open_shard, tmp_path):
     shard = open_shard(BOTH_SITES, deadline_seconds=4.0)
     push(shard, partial(0))
-    wait_until(lambda: shard.snapshot([]).solve_seconds.counts[-1] == 1, 3, "it to be solved")
+    wait_until(lambda: shard.snapshot([]).solve_seconds.counts[-1] == 1, "it to be solved")
     assert durable(shard) == [False]
     assert push(shard, partial(0)) == ["duplicate"]
     assert stored(tmp_path) == []
     (record,) = wait_for_rows(tmp_path, 1)
     assert (record["complete"], record["js_divergence"]) == (True, None)
-    wait_until(lambda: durable(shard) == [True], 5)
+    wait_until(lambda: durable(shard) == [True], "its durability")
     push(shard, at_pre())
     shard.flush(FLUSH_SECONDS)
     assert [row["js_divergence"] for row in stored(tmp_path)] == [None, None], "too late, and not lost"
@@ -608,7 +608,7 @@ def test_a_record_that_waits_for_its_sibling_is_not_durable_and_comes_out_at_the
 def test_the_sibling_of_a_record_that_waits_finds_room_however_little_memory_there_is(open_shard, tmp_path):
     shard = open_shard(BOTH_SITES, memory_bytes=1)
     push(shard, partial(0))
-    wait_until(lambda: push(shard, at_pre()) == ["merged"], 10, "room")
+    wait_until(lambda: push(shard, at_pre()) == ["merged"], "room")
     assert all(record["js_divergence"] for record in wait_for_rows(tmp_path, 2))
 
 
@@ -616,7 +616,7 @@ def test_the_sibling_of_a_record_that_waits_finds_room_however_little_memory_the
 def test_flushing_does_not_wait_for_siblings(open_shard, tmp_path, end):
     shard = open_shard(BOTH_SITES)
     push(shard, partial(0), partial(0, step=200), at_pre(200))
-    wait_until(lambda: shard.snapshot([]).solve_seconds.counts[-1] == 3, 10, "all to be solved")
+    wait_until(lambda: shard.snapshot([]).solve_seconds.counts[-1] == 3, "all to be solved")
     assert end(shard, FLUSH_SECONDS) == 0
     assert {(row["step"], row["site"]): row["js_divergence"] is None for row in stored(tmp_path)} == {
         (100, "post"): True,
@@ -651,7 +651,7 @@ def test_a_collapse_is_told_before_the_sibling_has_come(open_shard):
     flat = torch.randn(300, 1) * torch.ones(64) + 1e-3 * torch.randn(300, 64)
     for step in range(3):
         push(shard, partial_of(flat, key=KEY._replace(step=step)))
-    wait_until(lambda: [one.firing for one in shard.snapshot([]).alerts] == [True], 10, "the alert")
+    wait_until(lambda: [one.firing for one in shard.snapshot([]).alerts] == [True], "the alert")
 
 
 def test_records_that_are_solved_together_share_a_file(open_shard, tmp_path):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from eigenwatch.aggregator.solver import SolveFailed, Solver, SolverConfig
+from eigenwatch.aggregator.config import SolverConfig
+from eigenwatch.aggregator.solver import SolveFailed, Solver
 from eigenwatch.spectrum import eigenvalues
 
 

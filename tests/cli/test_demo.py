@@ -11,7 +11,7 @@ import pytest
 from eigenwatch.history import open_history
 
 from tests.jobs.launch import read_whole_store
-from tests.processes import MARKER, marked, wait_until
+from tests.processes import MARKER, marked, wait_for_the_end_of_all, wait_until
 
 
 def start_demo(store: Path, environment: dict[str, str], *options: str) -> "subprocess.Popen[str]":
@@ -46,13 +46,13 @@ def test_ctrl_c_leaves_a_readable_store_and_no_process(moment, job_environment, 
     store, marker = tmp_path / "store", job_environment[MARKER]
     demo = start_demo(store, job_environment, "--steps", "2000", "--every", "2")
     if moment == "while Ray starts":
-        wait_until(lambda: any("gcs_server" in command for command in marked(marker).values()), 60, "Ray")
+        wait_until(lambda: any("gcs_server" in command for command in marked(marker).values()), "Ray")
     else:
-        wait_until(lambda: list(store.rglob("records/part-*.parquet")), 90, "a first record")
+        wait_until(lambda: list(store.rglob("records/part-*.parquet")), "a first record")
     os.killpg(demo.pid, signal.SIGINT)  # as a terminal does it
     said, _ = demo.communicate(timeout=120)
     assert "Traceback" not in said, said
-    wait_until(lambda: not marked(marker), 30, "the end of every process")
+    wait_for_the_end_of_all(marker)
     assert read_whole_store(store) > 0
     if moment == "while it trains":
         assert demo.returncode == 0, said

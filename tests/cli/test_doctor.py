@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.processes import end_all, marked, marked_environment, wait_until
+from tests.processes import end_all, marked_environment, wait_for_the_end_of_all
 
 NEEDED = {"Python", "torch", "solver", "store", "DuckDB", "endpoint", "Ray"}
 OPTIONAL = {"GPU", "shared memory", "pictures", "promtool"}
@@ -58,7 +58,7 @@ def test_here_everything_that_is_needed_works(visits, folder):
     assert {findings[subject]["state"] for subject in OPTIONAL} <= {"works", "missing"}
     assert all(one["detail"] for one in findings.values())
     assert not (folder / "store").exists()
-    wait_until(lambda: not marked(visits[0].marker), 20, "the end of the Ray that was tried")
+    wait_for_the_end_of_all(visits[0].marker)
 
 
 def test_a_store_that_cannot_be_written_is_broken_with_the_remedy_and_the_rest_is_still_tried(visits, folder):

@@ -122,7 +122,7 @@ def plain_first_order(spectrum, tokens):
     for i, p in enumerate(share):
         bias -= 2 * p * p * (entropy + 0.5 + math.log(p)) if p else 0
         for q in share[i + 1 :]:
-            bias += 0 if not q else p if p == q else p * q * math.log(p / q) / (p - q)
+            bias += 0 if not q else p if p == q else p * q * math.log1p((p - q) / q) / (p - q)
     return math.exp(entropy + bias / (tokens - 1))
 
 

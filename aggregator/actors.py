@@ -1,0 +1,65 @@
+"""The Ray actors: what couriers and the service call, one thin class for each, around the object that does the work.
+
+Ray imports an actor's class in every process that looks the actor up by name, couriers among them. So nothing heavy
+is imported here before an actor is built: torch would cost each courier two seconds of a CPU and 200 MB.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ..schemas.delivery import Durability, Opened, PushReply
+    from .config import ShardLimits, SolverConfig
+    from .snapshot import Launch, RunState, ShardSnapshot
+
+
+class CoordinatorActor:
+    """See `Coordinator`."""
+
+    def __init__(self, store: str, shard_names: list[str]) -> None:
+        from .coordinator import Coordinator
+
+        self._coordinator = Coordinator(store, shard_names)
+
+    def open_run(self, run_wire: dict[str, Any]) -> Opened:
+        return self._coordinator.open_run(run_wire)
+
+    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int]) -> bool:
+        return self._coordinator.heartbeat(run_id, attempt, rank, dropped)
+
+    def finish(self, run_id: str, attempt: int, rank: int, clean: bool, dropped: dict[str, int]) -> None:
+        self._coordinator.finish(run_id, attempt, rank, clean, dropped)
+
+    def running(self) -> list[RunState]:
+        return self._coordinator.running()
+
+    def ended(self) -> list[Launch]:
+        return self._coordinator.ended()
+
+
+class ShardActor:
+    """See `Shard`."""
+
+    def __init__(self, store: str, solver: SolverConfig, limits: ShardLimits) -> None:
+        from .shard import Shard
+
+        self._shard = Shard(store, solver, limits)
+
+    def open_run(self, run_wire: dict[str, Any], attempt: int) -> None:
+        self._shard.open_run(run_wire, attempt)
+
+    def push(self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any]) -> PushReply:
+        return self._shard.push(header, mean, payload)
+
+    def durable(self, keys: list[tuple[Any, ...]]) -> Durability:
+        return self._shard.durable(keys)
+
+    def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
+        return self._shard.snapshot(ended)
+
+    def close(self, timeout_seconds: float) -> int:
+        return self._shard.close(timeout_seconds)
