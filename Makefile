@@ -10,7 +10,7 @@ demo: setup
 	$(BIN)/eigenwatch demo $(ARGS)
 
 test: setup tools
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 setup: .venv/installed
 

@@ -10,7 +10,7 @@ from eigenwatch.history import open_history
 
 from tests.conftest import start_serve, stop_serve
 from tests.jobs.launch import read_whole_store, start_job, step_of
-from tests.processes import end_all, marked, wait_for_the_end_of_all, wait_until
+from tests.processes import PATIENCE_SECONDS, end_all, marked, wait_for_the_end_of_all, wait_until
 
 LAYERS = 3
 
@@ -43,7 +43,7 @@ def test_training_survives_the_death_of_ray_and_says_what_was_not_delivered(own_
     died_at = step_of(out)
     wait_until(lambda: step_of(out) >= died_at + 10, "ten more steps")
     (out / "go").touch()
-    assert job.wait(60) == 0, (out / "stderr").read_text()
+    assert job.wait(PATIENCE_SECONDS) == 0, (out / "stderr").read_text()
     for rank in range(2):
         closed = json.loads((out / f"closed-{rank}.json").read_text())
         assert closed["undelivered"] > 0
@@ -85,7 +85,7 @@ def test_a_killed_trainer_leaves_a_readable_store_with_every_closed_record_and_n
     for pid, command in marked(marker).items():
         if "tests.jobs.train" in command:
             os.kill(pid, signal.SIGKILL)
-    job.wait(30)
+    job.wait(PATIENCE_SECONDS)
     wait_for_the_end_of_all(marker)
     assert read_whole_store(store) > 0
     found = records(store, "trainer-dies")
@@ -107,7 +107,7 @@ def test_couriers_that_die_before_the_end_are_replaced_and_everything_is_deliver
         if "eigenwatch.agent.courier" in command:
             os.kill(pid, signal.SIGKILL)
     (out / "go").touch()
-    assert job.wait(90) == 0, (out / "stderr").read_text()
+    assert job.wait(PATIENCE_SECONDS) == 0, (out / "stderr").read_text()
     assert [json.loads((out / f"closed-{rank}.json").read_text())["undelivered"] for rank in range(2)] == [0, 0]
     expected = [(step, layer, True) for step in range(0, 9, 2) for layer in range(LAYERS)]
     assert records(served.store, "couriers-die") == expected

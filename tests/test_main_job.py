@@ -15,7 +15,7 @@ from eigenwatch.schemas import METRIC_NAMES
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.jobs.launch import start_job
-from tests.processes import wait_until
+from tests.processes import PATIENCE_SECONDS, wait_until
 
 RANKS, LAYERS, EVERY, STEPS = 2, 3, 4, 10
 SAMPLED = range(0, STEPS, EVERY)
@@ -45,7 +45,7 @@ def finished_job(served, tmp_path_factory):
     with urllib.request.urlopen(served.metrics_url) as response:
         (out / "exposition.txt").write_bytes(response.read())
     (out / "go").touch()
-    assert job.wait(60) == 0, (out / "stderr").read_text()
+    assert job.wait(PATIENCE_SECONDS) == 0, (out / "stderr").read_text()
     return out, shown
 
 

@@ -17,7 +17,7 @@ from eigenwatch.history import open_history
 
 from tests.conftest import Served, start_serve
 from tests.jobs.launch import start_job, step_of
-from tests.processes import end_all, marked, marked_environment, wait_for_the_end_of_all, wait_until
+from tests.processes import PATIENCE_SECONDS, end_all, marked, marked_environment, wait_for_the_end_of_all, wait_until
 
 LAYERS = 3
 THIS = os.getpid()
@@ -102,7 +102,7 @@ def test_a_job_trains_through_every_outage_and_delivers_what_the_job_before_it_l
     job = start_job(first, job_environment, *options, *steps)
     wait_until(lambda: step_of(first, 0) >= 4 and step_of(first, 1) >= 4, "step 4")
     end_all(marker)
-    job.wait(30)
+    job.wait(PATIENCE_SECONDS)
 
     # Its second attempt starts without an aggregator too.
     job = start_job(second, job_environment, *options, *steps)
@@ -132,11 +132,11 @@ def test_a_job_trains_through_every_outage_and_delivers_what_the_job_before_it_l
     goes_on(6)
     cluster.start()
     (second / "go").touch()
-    assert job.wait(120) == 0, (second / "stderr").read_text()
+    assert job.wait(PATIENCE_SECONDS) == 0, (second / "stderr").read_text()
 
     closed = [json.loads((second / f"closed-{rank}.json").read_text()) for rank in range(2)]
     assert [one["undelivered"] for one in closed] == [0, 0]
-    assert all(one["seconds"] < 65 for one in closed)
+    assert all(one["seconds"] < 90 for one in closed)
     complete = [one for one in records(cluster.store, run_id, "records_raw") if one[3] and one[0] == 1]
     assert complete == sampled(1, step_of(second), every)
     before = [one for one in records(cluster.store, run_id, "records_raw") if one[0] == 0]
@@ -166,7 +166,7 @@ def test_an_embedded_aggregator_that_is_killed_is_started_again_and_nothing_is_l
         lambda: any(step > killed_at for _, step, _, _ in records(store, "serve-dies")), "records of later steps"
     )
     (out / "go").touch()
-    assert job.wait(120) == 0, (out / "stderr").read_text()
+    assert job.wait(PATIENCE_SECONDS) == 0, (out / "stderr").read_text()
     assert [json.loads((out / f"closed-{rank}.json").read_text())["undelivered"] for rank in range(2)] == [0, 0]
     assert records(store, "serve-dies") == sampled(0, step_of(out), 3)
     assert re.search(r"the embedded aggregator ended, see \S+; starting another in 0 s", (out / "stderr").read_text())
@@ -182,7 +182,7 @@ def test_forked_children_close_nothing_and_do_not_hide_the_death_of_their_rank(s
     )  # fmt: skip
     wait_until(lambda: step_of(out) >= 7 and records(served.store, f"forks-{THIS}"), "step 7 and a record")
     job.kill()
-    job.wait(30)
+    job.wait(PATIENCE_SECONDS)
     stays = int((out / "forked").read_text())
     # The forked child holds the courier's pipe, yet the courier delivers, and ends.
     wait_until(lambda: not pids(marker, "eigenwatch.agent.courier"), "the end of the courier")
@@ -201,8 +201,8 @@ def test_a_job_with_forked_loaders_closes_as_any_other(served, job_environment, 
         out, job_environment, "--run-id", f"loaders-{THIS}", "--aggregator", served.address, "--every", "2",
         "--steps", "6", "--workers", "2", "--forks", ranks=1,
     )  # fmt: skip
-    assert job.wait(90) == 0, (out / "stderr").read_text()
+    assert job.wait(PATIENCE_SECONDS) == 0, (out / "stderr").read_text()
     closed = json.loads((out / "closed-0.json").read_text())
     assert closed["undelivered"] == 0
-    assert closed["seconds"] < 20
+    assert closed["seconds"] < 45
     assert records(served.store, f"loaders-{THIS}") == sampled(0, 5, 2)

@@ -12,7 +12,7 @@ from eigenwatch.history import open_history
 
 from tests.conftest import start_serve, stop_serve
 from tests.jobs.launch import start_job
-from tests.processes import end_all, marked_environment
+from tests.processes import PATIENCE_SECONDS, end_all, marked_environment
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_an_existing_cluster_serves_two_trainings_at_once(ray_cluster, job_envir
             for run in ("first", "second")
         ]  # fmt: skip
         for job, run in zip(jobs, ("first", "second"), strict=True):
-            assert job.wait(120) == 0, (tmp_path / run / "stderr").read_text()
+            assert job.wait(PATIENCE_SECONDS) == 0, (tmp_path / run / "stderr").read_text()
     finally:
         assert stop_serve(served) == 0
     with open_history(tmp_path / "store") as history:

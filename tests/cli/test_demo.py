@@ -11,7 +11,7 @@ import pytest
 from eigenwatch.history import open_history
 
 from tests.jobs.launch import read_whole_store
-from tests.processes import MARKER, marked, wait_for_the_end_of_all, wait_until
+from tests.processes import MARKER, PATIENCE_SECONDS, marked, wait_for_the_end_of_all, wait_until
 
 
 def start_demo(store: Path, environment: dict[str, str], *options: str) -> "subprocess.Popen[str]":
@@ -27,7 +27,7 @@ def start_demo(store: Path, environment: dict[str, str], *options: str) -> "subp
 
 def test_the_demo_shows_what_it_found_and_where_it_lies(job_environment, tmp_path):
     demo = start_demo(tmp_path / "store", job_environment, "--steps", "33", "--every", "4")
-    said, _ = demo.communicate(timeout=150)
+    said, _ = demo.communicate(timeout=PATIENCE_SECONDS)
     assert demo.returncode == 0, said
     for layer in range(8):
         assert re.search(rf"│ +{layer} │ +256 │ +9 │", said)
@@ -50,7 +50,7 @@ def test_ctrl_c_leaves_a_readable_store_and_no_process(moment, job_environment, 
     else:
         wait_until(lambda: list(store.rglob("records/part-*.parquet")), "a first record")
     os.killpg(demo.pid, signal.SIGINT)  # as a terminal does it
-    said, _ = demo.communicate(timeout=120)
+    said, _ = demo.communicate(timeout=PATIENCE_SECONDS)
     assert "Traceback" not in said, said
     wait_for_the_end_of_all(marker)
     assert read_whole_store(store) > 0
