@@ -17,18 +17,18 @@ from torch import nn
 
 from ..schemas import check_run_id, default_store
 from ..schemas.delivery import check_reachable
+from .cadence import Cadence
 from .capture import Room
 from .embedded import EmbeddedAggregator, Served
 from .handle import Agent
 from .handover import CourierHandover, Handover, InlineHandover
 from .observation import Shared, mask_position
 from .outbox import Outbox, OutboxLimits
-from .overhead import Bulletin, Cadence
 from .padding import Padding
 from .ranks import Ranks, current_ranks, spans_hosts
 from .schedule import Schedule
 from .spool import Destination, Spool, spool_roots
-from .topology import Declared, Parallelism, Watch, announced, check_contract, describe, observed_places
+from .topology import Declared, Parallelism, Watch, announced, describe, observed_places
 
 log = logging.getLogger("eigenwatch.agent")
 
@@ -102,7 +102,6 @@ def attach(
                 mask_position(one, mask_argument)
         alone = ranks.world_size == 1
         observed = observed_places(models, watches, declared, parallelism or Parallelism(), ranks.rank, alone)
-        check_contract(observed)
         mine: dict[str, Any] = {
             "same": {
                 "run_id": run_id,
@@ -143,17 +142,15 @@ def attach(
             embedded.close(10.0)
         raise
     assert handover is not None
-    cadence = Cadence()
-    bulletin = Bulletin(ranks, run.launch_id, cadence)
+    cadence = Cadence(ranks, run.launch_id, decider=min(rank for one in run.layers for rank in one.ranks))
     agent = Agent(
         run=run,
         ranks=ranks,
         models=models,
         observed=mine["local"],
         shared=Shared(room=Room(bounds.memory_bytes // 2), padding=Padding(), scratch={}),
-        outbox=Outbox(handover, run_id, ranks.rank, bounds, rows_allowed=samples, tick=bulletin.exchange),
+        outbox=Outbox(handover, run_id, ranks.rank, bounds, rows_allowed=samples, tick=cadence.exchange),
         cadence=cadence,
-        bulletin=bulletin,
         embedded=embedded,
         metrics_url=handover.metrics_url if isinstance(handover, InlineHandover) else served.metrics_url,
         mask_argument=mask_argument,

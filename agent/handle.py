@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import operator
 import os
 import time
@@ -19,10 +18,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..schemas import RunDescription
+from .cadence import Cadence
 from .embedded import EmbeddedAggregator
 from .observation import UNUSABLE_MASK, Gate, Observer, Place, Shared, observe_mask
 from .outbox import Outbox, Sample
-from .overhead import LEAD_SECONDS, Bulletin, Cadence, Change, Meter, wanted_stretch
+from .overhead import Meter, wanted_stretch
 from .ranks import Ranks
 from .schedule import Schedule
 from .topology import Observed, shown
@@ -59,7 +59,6 @@ class Agent:
         shared: Shared,
         outbox: Outbox,
         cadence: Cadence,
-        bulletin: Bulletin,
         embedded: EmbeddedAggregator | None,
         metrics_url: str | None,
         mask_argument: str | None,
@@ -68,7 +67,7 @@ class Agent:
         self.metrics_url = metrics_url
         """The Prometheus endpoint of the embedded aggregator; None where another process serves it."""
         self._ranks, self._shared, self._outbox, self._embedded = ranks, shared, outbox, embedded
-        self._cadence, self._bulletin = cadence, bulletin
+        self._cadence = cadence
         self._meter = Meter(asynchronous=any(p.device.type != "cpu" for model in models for p in model.parameters()))
         self._watched = [_Watched.of(one, models[0], shared) for one in observed]
         self._by_hand = {one.place.key: one.observer for one in self._watched if not one.observer.hooked}
@@ -131,6 +130,7 @@ class Agent:
         if self._undelivered is not None:
             return self._undelivered
         atexit.unregister(self.close)
+        self._cadence.close()
         for handle in self._mask_handles:
             handle.remove()
         for one in self._watched:
@@ -151,8 +151,7 @@ class Agent:
     @property
     def overhead_ratio(self) -> float | None:
         """What sampling costs, measured: the stall of a sampled step over the time of the steps up to the next."""
-        every = min((one.schedule.every for one in self._watched), default=1)  # a rank may have none of the layers
-        return self._meter.ratio(every * self._cadence.stretch_at(max(self._last_step, 0)))
+        return self._meter.ratio(self._cadence.stretch_at(max(self._last_step, 0)))
 
     def __enter__(self) -> Agent:
         return self
@@ -181,12 +180,15 @@ class Agent:
             )
         started = time.perf_counter()
         stride = 1 if self._last_step < 0 else max(step - self._last_step, 1)
-        sampled = any(one.gate.open for one in self._watched)
-        if sampled:
+        served = {one.schedule.every for one in self._watched if one.gate.open}
+        if served:
             self._hand_over(step)
         self._shared.padding.set(None)
         self._last_step = step
-        self._measure(step, sampled, started)
+        self._measure(served, started)
+        if served and self._cadence.decides:
+            self._hold_contract(step, stride)
+        self._cadence.settle(step + stride)
         self._open_gates(step, step + stride)
 
     def _discard(self) -> None:
@@ -233,24 +235,28 @@ class Agent:
                 "called before the first compiled forward?",
             )
 
-    def _measure(self, step: int, sampled: bool, started: float) -> None:
-        """Times the step, and on rank 0 holds the overhead contract."""
+    def _measure(self, served: set[int], started: float) -> None:
+        """Times the step that ended; `served` are the cadences for which it was sampled, by their steps."""
         now = time.perf_counter()
-        timed, self._shared.seconds = self._shared.seconds + now - started, 0.0
+        stalls = dict.fromkeys(served, (now - started) / max(len(served), 1))
+        for one in self._watched:
+            seconds, one.observer.seconds = one.observer.seconds, 0.0
+            if one.schedule.every in stalls:
+                stalls[one.schedule.every] += seconds
         if self._step_ended_at is not None:
-            self._meter.ended(now - self._step_ended_at, sampled, timed)
+            self._meter.ended(now - self._step_ended_at, stalls)
         self._step_ended_at = now
+
+    def _hold_contract(self, step: int, stride: int) -> None:
         limits = [one.schedule.max_overhead for one in self._watched if one.schedule.max_overhead is not None]
-        if not sampled or self._ranks.rank != 0 or not limits:
+        in_force, step_seconds = self._cadence.newest, self._meter.step_seconds
+        if not limits or step_seconds is None or self._cadence.is_open or step < in_force.from_step:
             return
-        every = min(one.schedule.every for one in self._watched)
-        in_force = self._cadence.newest.stretch
-        wanted = wanted_stretch(self._meter, every, min(limits), in_force)
-        if wanted != in_force:
-            lead = math.ceil(LEAD_SECONDS / (self._meter.step_seconds or 1.0)) + 1 if self._ranks.world_size > 1 else 1
-            self._bulletin.post(Change(step + lead, wanted))
-            log.info("from step %d on every %d-th step is sampled: %.2g %% of the time", step + lead, every * wanted,
-                     100 * (self._meter.ratio(every * wanted) or 0.0))  # fmt: skip
+        wanted = wanted_stretch(self._meter, min(limits), in_force.stretch)
+        if wanted != in_force.stretch:
+            self._cadence.propose(step, wanted, step_seconds, stride)
+            log.info("cadences are to be stretched by %d, where sampling takes %.2g %% of the time", wanted,
+                     100 * (self._meter.ratio(wanted) or 0.0))  # fmt: skip
 
     def _open_gates(self, step: int, following: int) -> None:
         stretch = self._cadence.stretch_at(following)

@@ -103,8 +103,6 @@ class Shared:
     padding: Padding
     scratch: dict[torch.device, Scratch]
     """By accelerator; built at the first forward there."""
-    seconds: float = 0.0
-    """Time that the training thread has spent in `see` since it was last set to 0."""
 
 
 class Observer:
@@ -118,6 +116,8 @@ class Observer:
         self._muted = self._spoilt = False
         self._lost: str | None = None
         self.errors: Counter[str] = Counter()
+        self.seconds = 0.0
+        """Time that the training thread has spent in `see` since this was last set to 0."""
         self.pulse = torch.zeros(1)
         _seeing[id(self)] = self
         self._handle: Any = None
@@ -148,7 +148,7 @@ class Observer:
             self._lost = "outbox_full"
         except Exception as error:  # noqa: BLE001 - the training process never sees an error of ours
             self._failed(error)
-        self._shared.seconds += time.perf_counter() - started
+        self.seconds += time.perf_counter() - started
 
     def call(self, activations: Any) -> None:
         """What a hook does, for `agent.observe`; anything but a tensor is counted as an error."""

@@ -129,22 +129,6 @@ def observed_places(
     return [places[key] for key in sorted(places, key=lambda k: (k[0], -1 if k[2] is None else k[2], k[1]))]
 
 
-def check_contract(observed: Sequence[Observed]) -> None:
-    """Refuses an overhead contract where ranks meet inside a sampled forward.
-
-    A rank that learnt of a change of cadence too late would leave the others of its group waiting for it.
-
-    Raises:
-        ValueError: a place is tensor-parallel and its schedule has a contract.
-    """
-    for one in observed:
-        if one.place.gather is not None and one.schedule.max_overhead is not None:
-            raise ValueError(
-                f"max_overhead cannot be kept for {one.place.name}, whose tensor-parallel ranks must sample the same "
-                "steps without fail: leave it out and choose every="
-            )
-
-
 def announced(observed: Sequence[Observed]) -> list[tuple[Any, ...]]:
     """What a rank tells the others of its places."""
     return [

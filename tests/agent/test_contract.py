@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from eigenwatch.agent import Schedule, attach
-from eigenwatch.agent.overhead import Bulletin, Cadence, Change
-from eigenwatch.agent.ranks import Ranks
 
 from tests.agent.reference import Key, Reference, records
 from tests.jobs.contract import EVERY, EXPERTS, MANY, STEPS, WIDE, Layers, routed
@@ -62,25 +59,6 @@ def test_without_a_contract_the_cadence_stays_whatever_it_costs(tmp_path):
     )
 
 
-def test_changes_that_follow_each_other_quickly_all_reach_the_other_ranks():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        cadences = Cadence(), Cadence()
-        first, second = (Bulletin(Ranks(rank, 2), "launch", cadence) for rank, cadence in enumerate(cadences))
-        second.exchange()
-        first.post(Change(100, 4))
-        first.post(Change(200, 8))
-        first.exchange()
-        second.exchange()
-        assert [cadences[1].stretch_at(step) for step in (99, 100, 199, 200)] == [1, 4, 4, 8]
-        first.post(Change(150, 2))
-        first.exchange()
-        second.exchange()
-        assert cadences[1].changes == cadences[0].changes
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def two_ranks(served, tmp_path_factory) -> list[dict[str, int]]:
     """What each rank of the job said at its end."""
@@ -105,12 +83,14 @@ def test_an_expert_that_one_rank_alone_reaches_has_the_sum_of_both(two_ranks, se
     assert {row["ranks_seen"] for row in found.values()} == {2}
 
 
-def test_all_ranks_sample_the_same_steps_when_the_cadence_changes(two_ranks, served):
+@pytest.mark.parametrize(("run", "tokens"), [("contract", 2 * MANY), ("contract-split", MANY)])
+def test_all_ranks_sample_the_same_steps_when_the_cadence_changes(two_ranks, served, run, tokens):
+    """Where a layer is split over them they would else wait for each other for ever."""
     assert [one["undelivered"] for one in two_ranks] == [0, 0]
-    found = {key.step: row for key, row in sorted(records(served.store, "contract").items())}
+    found = {key.step: row for key, row in sorted(records(served.store, run).items())}
     assert max(row["sampling_steps"] for row in found.values()) > EVERY
     for step, row in found.items():
         assert row["complete"], step
-        assert row["tokens"] == 2 * MANY
+        assert row["tokens"] == tokens
         assert row["width"] == WIDE
         assert step % row["sampling_steps"] == 0

@@ -1,24 +1,39 @@
 """The overhead contract: what is measured, and what follows for the cadence."""
 
 import pytest
-from eigenwatch.agent.overhead import WARM_UP_STEPS, Cadence, Change, Meter, wanted_stretch
+from eigenwatch.agent.overhead import LEAST_SAMPLES, WARM_UP_STEPS, Meter, wanted_stretch
 from hypothesis import given
 from hypothesis import strategies as st
 
 
-def metered(step: float, stall: float, timed: float | None = None, plain: int = 20, sampled: int = 5) -> Meter:
+def metered(
+    step: float, stall: float, every: int = 10, timed: float | None = None, plain: int = 20, sampled: int = 5
+) -> Meter:
     meter = Meter(asynchronous=True)
     for _ in range(WARM_UP_STEPS):
-        meter.ended(1000.0, True, 1000.0)
+        meter.ended(1000.0, {every: 1000.0})
     for _ in range(plain):
-        meter.ended(step, False, 0.0)
+        meter.ended(step, {})
     for _ in range(sampled):
-        meter.ended(step + stall, True, stall if timed is None else timed)
+        meter.ended(step + stall, {every: stall if timed is None else timed})
     return meter
 
 
 def test_the_stall_is_spread_over_the_steps_between_samples():
-    assert metered(step=0.5, stall=0.1).ratio(10) == pytest.approx(0.1 / 5)
+    assert metered(step=0.5, stall=0.1, every=10).ratio() == pytest.approx(0.1 / 5)
+    assert metered(step=0.5, stall=0.1, every=10).ratio(4) == pytest.approx(0.1 / 20)
+
+
+def test_the_stalls_of_several_cadences_add_up():
+    meter = Meter()
+    for step in range(1, 200):
+        stalls = {every: stall for every, stall in ((2, 0.01), (20, 0.4)) if step % every == 0}
+        meter.ended(0.5 + sum(stalls.values()), stalls)
+    assert meter.ratio() == pytest.approx((0.01 / 2 + 0.4 / 20) / 0.5)
+
+
+def test_work_after_our_calls_is_shared_out_over_the_cadences_as_what_was_timed():
+    assert metered(step=0.5, stall=0.1, every=10, timed=0.001).ratio() == pytest.approx(0.1 / 5)
 
 
 def test_work_that_goes_on_after_our_calls_is_counted_by_the_difference_of_step_times():
@@ -30,37 +45,33 @@ def test_on_a_cpu_what_else_makes_a_sampled_step_long_is_not_counted():
     meter = Meter()
     for step in range(100):
         evaluates = step % 10 == 0
-        meter.ended(10.0 if evaluates else 0.5, sampled=evaluates, timed_seconds=0.001 * evaluates)
+        meter.ended(10.0 if evaluates else 0.5, {10: 0.001} if evaluates else {})
     assert meter.stall_seconds == pytest.approx(0.001)
 
 
 def test_where_every_step_is_sampled_its_own_part_is_taken_off():
-    meter = metered(step=0.5, stall=0.1, plain=0)
+    meter = metered(step=0.5, stall=0.1, every=1, plain=0)
     assert meter.step_seconds == pytest.approx(0.5)
-    assert meter.ratio(1) == pytest.approx(0.2)
+    assert meter.ratio() == pytest.approx(0.2)
 
 
 def test_before_the_first_sample_nothing_is_known():
-    assert Meter().ratio(1) is None
-    assert wanted_stretch(Meter(), 10, 0.01, 4) == 4
+    assert Meter().ratio() is None
+    assert wanted_stretch(Meter(), 0.01, 4) == 4
+
+
+def test_one_slow_sample_stretches_nothing():
+    for sampled in range(1, LEAST_SAMPLES):
+        assert wanted_stretch(metered(step=0.1, stall=50, every=1, sampled=sampled), 0.01, 1) == 1
+    assert wanted_stretch(metered(step=0.1, stall=50, every=1, sampled=LEAST_SAMPLES), 0.01, 1) > 1000
 
 
 @given(st.floats(1e-3, 10), st.floats(1e-6, 100), st.integers(1, 1000), st.floats(1e-4, 1), st.integers(0, 10))
 def test_the_contract_is_kept_and_the_cadence_does_not_swing(step, stall, every, max_overhead, power):
-    meter = metered(step, stall)
-    stretch = wanted_stretch(meter, every, max_overhead, 1 << power)
+    meter = metered(step, stall, every)
+    stretch = wanted_stretch(meter, max_overhead, 1 << power)
     assert stretch & (stretch - 1) == 0
-    assert meter.ratio(every * stretch) <= max_overhead * (1 + 1e-9)
-    assert wanted_stretch(meter, every, max_overhead, stretch) == stretch
+    assert meter.ratio(stretch) <= max_overhead * (1 + 1e-9)
+    assert wanted_stretch(meter, max_overhead, stretch) == stretch
     if stretch > 1 << power:
-        assert meter.ratio(every * stretch // 2) > max_overhead
-
-
-def test_a_change_holds_from_its_step_on_and_a_later_word_wins():
-    cadence = Cadence()
-    cadence.announce(Change(100, 4))
-    assert [cadence.stretch_at(step) for step in (0, 99, 100, 500)] == [1, 1, 4, 4]
-    cadence.announce(Change(300, 2))
-    assert [cadence.stretch_at(step) for step in (99, 299, 300)] == [1, 4, 2]
-    cadence.announce(Change(200, 8))
-    assert [cadence.stretch_at(step) for step in (199, 200, 1000)] == [4, 8, 8]
+        assert meter.ratio(stretch // 2) > max_overhead

@@ -1,7 +1,7 @@
 """Two ranks for `tests.agent.test_contract`: `python -m … OUT ADDRESS` under torchrun.
 
 First a mixture of experts of which one gets tokens of rank 1 only, then a layer so wide against its step that the
-overhead contract must stretch the cadence; each rank writes what it saw of the experts, and which steps it sampled.
+overhead contract must stretch the cadence: whole on each rank, and split over both.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from eigenwatch.agent import Schedule, attach
+from eigenwatch.agent import Parallelism, Schedule, attach
 from torch import Tensor, nn
 
 WIDTH, ROWS, EXPERTS, STEPS = 48, 200, 3, 3
@@ -39,6 +39,27 @@ def routed(step: int, rank: int) -> dict[int, Tensor]:
     return rows
 
 
+def until_stretched(run_id: str, width: int, parallelism: Parallelism, address: str) -> int:
+    """Trains until two samples were taken under a longer cadence; how many partials were not delivered."""
+    model, x = Layers(width, 0), torch.randn(MANY, width)
+    schedule = Schedule(every=EVERY, max_overhead=0.01)
+    step, began, stretched = 0, time.monotonic(), 0
+    with (
+        torch.no_grad(),
+        attach(model, run_id=run_id, schedule=schedule, parallelism=parallelism, aggregator=address) as agent,
+    ):
+        going = torch.ones(())
+        while going:
+            model.layers[0]["mlp"]["down_proj"](x)
+            agent.step(step)
+            stretch = agent._cadence.stretch_at(step)  # the store knows it too late for this loop
+            stretched += stretch > 1 and step % (EVERY * stretch) == 0
+            step += 1
+            going.fill_(stretched < 2 and time.monotonic() - began < SECONDS)
+            dist.broadcast(going, 0)  # ranks of a job step together
+    return agent.close()
+
+
 def main() -> None:
     out, address = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
@@ -53,22 +74,9 @@ def main() -> None:
             agent.step(step)
     undelivered = agent.close()
 
-    wide = Layers(WIDE, 0)
-    schedule = Schedule(every=EVERY, max_overhead=0.01)
-    x = torch.randn(MANY, WIDE)
-    step, began, stretched = 0, time.monotonic(), 0
-    with torch.no_grad(), attach(wide, run_id="contract", schedule=schedule, aggregator=address) as agent:
-        going = torch.ones(())
-        while going:
-            wide.layers[0]["mlp"]["down_proj"](x)
-            agent.step(step)
-            stretch = agent._cadence.stretch_at(step)  # the store knows it too late for this loop
-            stretched += stretch > 1 and step % (EVERY * stretch) == 0
-            step += 1
-            going.fill_(stretched < 2 and time.monotonic() - began < SECONDS)
-            dist.broadcast(going, 0)  # ranks of a job step together
-    undelivered += agent.close()
-    (out / f"rank-{rank}.json").write_text(json.dumps({"undelivered": undelivered, "steps": step}))
+    undelivered += until_stretched("contract", WIDE, Parallelism(), address)
+    undelivered += until_stretched("contract-split", WIDE // 2, Parallelism(tensor_parallel=dist.group.WORLD), address)
+    (out / f"rank-{rank}.json").write_text(json.dumps({"undelivered": undelivered}))
     dist.barrier()
     dist.destroy_process_group()
 
