@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -88,13 +88,24 @@ def attach(
             any.
     """
     ranks = current_ranks()
-    models = [model] if isinstance(model, nn.Module) else list(model)
+    bounds = limits if limits is not None else OutboxLimits()
+    models: list[nn.Module] = []
     embedded: EmbeddedAggregator | None = None
     handover: Handover | None = None
 
     def start() -> dict[str, Any]:
         nonlocal embedded
         check_run_id(run_id)
+        models.extend(_modules(model))
+        _check_kind("limits", bounds, OutboxLimits)
+        _check_kind("samples", samples, bool)
+        _check_kind("aggregator", aggregator, str)
+        _check_kind("store", store, str, os.PathLike, type(None))
+        for one in declared:
+            _check_kind("each of declared", one, Declared)
+        _check_kind("parallelism", parallelism, Parallelism, type(None))
+        _check_kind("tags", tags, Mapping, type(None))
+        _check_port(metrics_port)
         watches = _watches(every, schedule, layers, sites, watch)
         _check_aggregator(aggregator, store, ranks)
         if mask_argument is not None:
@@ -105,6 +116,7 @@ def attach(
         mine: dict[str, Any] = {
             "same": {
                 "run_id": run_id,
+                "layers": sorted({one for watch in watches for one in watch.indices}),
                 "schedule": [one.schedule for one in watches],
                 "tags": {str(k): str(v) for k, v in (tags or {}).items()},
             },
@@ -130,7 +142,6 @@ def attach(
             handover = CourierHandover(spool, bounds.spool_bytes, embedded)
         return {}
 
-    bounds = limits or OutboxLimits()
     try:
         mine, everyone = _together(ranks, start)
         same = _the_same([one["same"] for one in everyone])
@@ -175,8 +186,36 @@ def _watches(
             raise ValueError(f"watch takes the place of {', '.join(given) or 'sites'}: say it inside of Watch(…)")
         if not watch:
             raise ValueError("watch is empty: leave it out to observe every layer")
+        for one in watch:
+            _check_kind("each of watch", one, Watch)
         return list(watch)
     return [Watch(layers=layers, sites=sites, schedule=schedule or Schedule(every=100 if every is None else every))]
+
+
+def _modules(model: Any) -> list[nn.Module]:
+    models = [model] if isinstance(model, nn.Module) else list(model) if isinstance(model, Sequence) else []
+    if not models or not all(isinstance(one, nn.Module) for one in models):
+        raise ValueError(
+            f"model is {_shown(model)}: pass the module that is trained, or the list of this rank's pipeline chunks"
+        )
+    return models
+
+
+def _check_kind(name: str, value: Any, *kinds: type) -> None:
+    if not isinstance(value, kinds):
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be {wanted}, got {_shown(value)}")
+
+
+def _check_port(port: Any) -> None:
+    if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535):
+        raise ValueError(f"metrics_port must be None or a port, 0 to 65535, got {_shown(port)}")
+
+
+def _shown(value: Any) -> str:
+    """In a message: short, whatever it is."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"a {type(value).__name__}"
 
 
 def _the_same(said: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..schemas import LayerDescription, RunDescription, row_blocks
+from ..schemas import SITES, LayerDescription, RunDescription, row_blocks
 from .discovery import FoundLayer, find_layers
 from .observation import Place
 from .parallel import Spread, WidthGather, fsdp_modules, replica_ranks, spread_of, whole_width
@@ -33,8 +33,26 @@ class Watch:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        if isinstance(self.sites, str):
-            raise ValueError(f"sites={self.sites!r} must be a sequence, such as ('post', 'pre')")
+        listed = isinstance(self.sites, Sequence) and not isinstance(self.sites, str)
+        if not listed or not self.sites or not all(one in SITES for one in self.sites):
+            raise ValueError(
+                f"sites={self.sites!r} must be a sequence of 'post', 'pre' or both, such as ('post', 'pre')"
+            )
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(f"schedule must be a Schedule, such as Schedule(every=100), got {self.schedule!r}")
+        if self.layers is None or isinstance(self.layers, str):
+            return
+        indices = list(self.layers) if isinstance(self.layers, Iterable) else []
+        if not indices or not all(type(one) is int and one >= 0 for one in indices):
+            raise ValueError(
+                f"layers={self.layers!r} must hold layer indices (int, from 0), or be a regular expression"
+            )
+        object.__setattr__(self, "layers", tuple(indices))  # an iterator could be read once only
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The layers that are chosen by index."""
+        return self.layers if isinstance(self.layers, tuple) else ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +63,14 @@ class Declared:
     width: int
     site: str = "post"
     expert: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("layer", 0), ("width", 1), ("expert", 0)):
+            value = getattr(self, name)
+            if (type(value) is not int or value < least) and not (name == "expert" and value is None):
+                raise ValueError(f"declared: {name} must be an integer, at least {least}, got {value!r}")
+        if self.site not in SITES:
+            raise ValueError(f"declared: site must be one of {', '.join(SITES)}, got {self.site!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,12 +118,9 @@ def observed_places(
     places: dict[tuple[int, str, int | None], Observed] = {}
     required = alone and not declared and len(models) == 1
     for watch in watches:
-        layers = watch.layers if watch.layers is None or isinstance(watch.layers, str) else list(watch.layers)
         sites = tuple(dict.fromkeys(("post", *watch.sites)))
-        existing: set[int] = set()
         for model, offset in zip(models, offsets, strict=True):
-            found = _found(model, layers, sites, offset, required=required, declared=bool(declared))
-            existing.update(one.layer + offset for one in found)
+            found = _found(model, watch.layers, sites, offset, required=required, declared=bool(declared))
             spreads: dict[tuple[int, int | None], Spread] = {}
             for one in found:
                 if one.site == "post":
@@ -110,9 +133,6 @@ def observed_places(
                         continue
                     place = _place(one, spread, offset, parallelism.expert_offset, rank)
                     _add(places, Observed(place, one.module, watch.schedule, spread, _fingerprint(one.module)))
-        missing = [one for one in layers if one not in existing] if isinstance(layers, list) else []
-        if alone and missing and not declared:
-            raise ValueError(f"layers={layers}: no layer {', '.join(map(str, missing))} in any of the model chunks")
     schedule = watches[0].schedule
     for one_declared in declared:
         place = Place(
@@ -162,6 +182,9 @@ def describe(same: dict[str, Any], launch_id: str, by_rank: Sequence[Sequence[tu
                     "must have loaded or broadcast their weights before attach()"
                 )
             seen.shares[min(share)] = share
+    missing = set(same["layers"]) - {layer for layer, _, _ in layers}
+    if missing:
+        raise ValueError(f"layers={same['layers']}: no rank has layer {', '.join(map(str, sorted(missing)))}")
     if not layers:
         raise ValueError("no rank found a layer to observe: pass layers=r'…(\\d+)…' matching the down-projections")
     return RunDescription(
@@ -204,7 +227,7 @@ def _offsets(offset: int | Sequence[int], models: int) -> list[int]:
 
 def _found(
     model: nn.Module,
-    layers: str | list[int] | None,
+    layers: str | Iterable[int] | None,
     sites: tuple[str, ...],
     offset: int,
     *,
@@ -212,11 +235,11 @@ def _found(
     declared: bool,
 ) -> list[FoundLayer]:
     """The chosen places of one model, by local index; a pipeline stage may have none of the chosen layers."""
-    if layers is None or isinstance(layers, str) or (required and offset == 0):
-        fused: Literal["refuse", "skip"] = "skip" if declared else "refuse"
+    fused: Literal["refuse", "skip"] = "skip" if declared else "refuse"
+    if layers is None or isinstance(layers, str):
         return find_layers(model, layers, sites, required=required, fused=fused)
-    chosen = {layer - offset for layer in layers}
-    return [one for one in find_layers(model, None, sites, required=False, fused="skip") if one.layer in chosen]
+    chosen = [layer - offset for layer in layers if layer >= offset]
+    return find_layers(model, chosen, sites, required=required and offset == 0, fused=fused) if chosen else []
 
 
 def _place(found: FoundLayer, spread: Spread, layer_offset: int, expert_offset: int, rank: int) -> Place:

@@ -137,9 +137,16 @@ def test_every_verb_explains_itself_with_an_example(verb):
     assert re.search(rf"Examples?:\s+eigenwatch {verb}", completed.stdout)
 
 
-def test_ranks_that_disagree_on_the_run_id_all_hear_of_it():
+def test_what_one_rank_is_told_wrongly_all_hear_of():
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launcher, "-m", "tests.jobs.disagree"]
     completed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=REPOSITORY)
-    message = "run_id is 'run-0' on rank 0 and 'run-1' on rank 1: pass the same to all"
-    assert sorted(completed.stdout.splitlines()) == [f"rank {rank}: {message}" for rank in range(2)]
+    messages = [
+        "run_id is 'run-0' on rank 0 and 'run-1' on rank 1: pass the same to all",
+        "model is None: pass the module that is trained, or the list of this rank's pipeline chunks",
+        "limits must be OutboxLimits, got 7",
+        "layers=[0, 9]: no rank has layer 9",
+    ]
+    said = completed.stdout.splitlines()
+    for rank in range(2):
+        assert [line.removeprefix(f"{rank}: ") for line in said if line.startswith(f"{rank}: ")] == messages

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from eigenwatch import spectrum
-from eigenwatch.agent import Agent, Parallelism, Schedule, Watch, attach
+from eigenwatch.agent import Agent, Declared, Parallelism, Schedule, Watch, attach
 from eigenwatch.cli.demo.decoder import Decoder, DecoderConfig
 from torch import Tensor, nn
 
@@ -108,7 +108,27 @@ def test_a_restart_samples_its_first_step_and_then_the_multiples(tmp_path):
         ({"every": 0}, "every must be a positive integer"),
         ({"layers": [7]}, "no layer 7, the model has 0-2"),
         ({"sites": "post"}, "sites='post' must be a sequence"),
-        ({"sites": ("mid",)}, "must name 'post', 'pre' or both"),
+        ({"sites": ("mid",)}, "must be a sequence of 'post', 'pre' or both"),
+        ({"sites": ()}, "must be a sequence of 'post', 'pre' or both"),
+        ({"sites": None}, "must be a sequence of 'post', 'pre' or both"),
+        ({"layers": []}, "must hold layer indices"),
+        ({"layers": [True]}, "must hold layer indices"),
+        ({"layers": 3}, "must hold layer indices"),
+        ({"layers": ["0"]}, "must hold layer indices"),
+        ({"layers": (one for one in (0, 9))}, "no layer 9, the model has 0-2"),
+        ({"model": None}, "model is None: pass the module that is trained"),
+        ({"model": []}, r"model is \[\]: pass the module"),
+        ({"model": [nn.ReLU(), 3]}, "pass the module"),
+        ({"limits": 5}, "limits must be OutboxLimits, got 5"),
+        ({"samples": "no"}, "samples must be bool, got 'no'"),
+        ({"schedule": 10}, "schedule must be a Schedule"),
+        ({"watch": [Schedule()]}, "each of watch must be Watch"),
+        ({"declared": [(0, 8)]}, "each of declared must be Declared"),
+        ({"parallelism": 2}, "parallelism must be Parallelism or None, got 2"),
+        ({"tags": "fast"}, "tags must be Mapping or None, got 'fast'"),
+        ({"metrics_port": -1}, "metrics_port must be None or a port"),
+        ({"aggregator": None}, "aggregator must be str, got None"),
+        ({"store": 7, "aggregator": "inline"}, "store must be str or PathLike or None, got 7"),
         ({"watch": [Watch(layers=[0]), Watch(layers=[0, 1])]}, r"layer 0 \(site post\) is chosen twice"),
         ({"parallelism": Parallelism(layer_offset=[0, 3])}, "layer_offset must be .* each of 1 model chunks"),
         ({"parallelism": Parallelism(layer_offset=-1)}, "layer_offset must be a non-negative"),
@@ -118,9 +138,24 @@ def test_a_restart_samples_its_first_step_and_then_the_multiples(tmp_path):
 )
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, options, words):
     with pytest.raises(ValueError, match=words) as refused:
-        attach(decoder(), **{"run_id": RUN, "store": tmp_path, "aggregator": "inline", **options})
+        attach(**{"model": decoder(), "run_id": RUN, "store": tmp_path, "aggregator": "inline", **options})
     assert "\n" not in str(refused.value)
     assert list(tmp_path.rglob("*.parquet")) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"layer": -1}, "layer must be an integer, at least 0, got -1"),
+        ({"width": 0}, "width must be an integer, at least 1, got 0"),
+        ({"width": 8.0}, "width must be an integer"),
+        ({"expert": "a"}, "expert must be an integer, at least 0, got 'a'"),
+        ({"site": "mid"}, "site must be one of post, pre, got 'mid'"),
+    ],
+)
+def test_a_declaration_that_cannot_be_is_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        Declared(**{"layer": 0, "width": 8, **wrong})
 
 
 class Stage(nn.Module):
@@ -173,7 +208,7 @@ def test_offsets_that_do_not_fit_the_chunks_are_refused(tmp_path, offsets, words
 
 
 def test_layers_that_no_chunk_has_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no layer 5"):
+    with pytest.raises(ValueError, match="no rank has layer 5"):
         attached(chunks(), tmp_path, layers=[4, 5], parallelism=Parallelism(layer_offset=[4, 7]))
 
 

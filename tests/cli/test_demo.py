@@ -53,8 +53,9 @@ def test_ctrl_c_leaves_a_readable_store_and_no_process(moment, job_environment, 
     said, _ = demo.communicate(timeout=PATIENCE_SECONDS)
     assert "Traceback" not in said, said
     wait_for_the_end_of_all(marker)
-    assert read_whole_store(store) > 0
+    files = read_whole_store(store)
     if moment == "while it trains":
+        assert files > 0
         assert demo.returncode == 0, said
         with open_history(store) as history:
             (run,) = history.query("SELECT status FROM runs").to_pylist()
