@@ -28,7 +28,7 @@ from .padding import Padding
 from .ranks import Ranks, current_ranks, spans_hosts
 from .schedule import Schedule
 from .spool import Destination, Spool, spool_roots
-from .topology import Declared, Parallelism, Watch, announced, describe, observed_places
+from .topology import Declared, Parallelism, Watch, announced, describe, observed_places, tight_room
 
 log = logging.getLogger("eigenwatch.agent")
 
@@ -101,8 +101,8 @@ def attach(
         _check_kind("samples", samples, bool)
         _check_kind("aggregator", aggregator, str)
         _check_kind("store", store, str, os.PathLike, type(None))
-        for one in declared:
-            _check_kind("each of declared", one, Declared)
+        for place in declared:
+            _check_kind("each of declared", place, Declared)
         _check_kind("parallelism", parallelism, Parallelism, type(None))
         _check_kind("tags", tags, Mapping, type(None))
         _check_port(metrics_port)
@@ -113,6 +113,9 @@ def attach(
                 mask_position(one, mask_argument)
         alone = ranks.world_size == 1
         observed = observed_places(models, watches, declared, parallelism or Parallelism(), ranks.rank, alone)
+        tight = tight_room(observed, bounds.memory_bytes // 2)
+        if tight is not None and any(p.device.type != "cpu" for one in models for p in one.parameters()):
+            log.warning("%s", tight)
         mine: dict[str, Any] = {
             "same": {
                 "run_id": run_id,

@@ -133,13 +133,12 @@ def main() -> None:
         return RaySession(label.destination.address, run, rank)
 
     own = session(label.run, label.rank)
+    inbox = Inbox(int(sys.argv[2]))
     try:
-        Courier(
-            spool, own, Leftovers(spool, [*spool.roots, *all_spool_roots()], session), Inbox(int(sys.argv[2]))
-        ).run()
+        Courier(spool, own, Leftovers(spool, [*spool.roots, *all_spool_roots()], session), inbox).run()
     finally:
         own.close()
-    if not spool.numbers():
+    if not spool.numbers() and not inbox.clean:  # a rank that closes still reads what is said here
         spool.discard()
 
 

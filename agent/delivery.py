@@ -49,7 +49,7 @@ class Delivery:
             more = self._push_batch()
             now = time.monotonic()
             if self._pushed and now >= self._next_poll:
-                self._free_durable()
+                self._free()
                 self._next_poll = now + DURABILITY_SECONDS
             if now >= self._next_heartbeat:
                 self._session.heartbeat(dict(self.dropped + Counter(losses)))
@@ -83,7 +83,7 @@ class Delivery:
                 self._pushed[number] = (self._session.key(wire), reply.incarnation)
             elif reply.status == "durable":
                 self.spool.remove(number)
-            elif reply.status == "refused":
+            elif reply.status in ("refused", "dropped"):
                 self._drop(number, None, reply.message)  # the shard has counted it
             elif reply.status == "unknown_run":
                 raise SessionError("the aggregator restarted and does not know this run")
@@ -98,13 +98,17 @@ class Delivery:
             raise PartialRefused("unexpected", f"spool file {number} is of layer {layer}, which its run has not")
         return wire
 
-    def _free_durable(self) -> None:
+    def _free(self) -> None:
+        """Removes what is durable, and what never will be."""
         numbers = list(self._pushed)
-        answers = self._session.durable([self._pushed[number][0] for number in numbers])
-        for number, (durable, incarnation) in zip(numbers, answers, strict=True):
-            if durable:
+        answers = self._session.fates([self._pushed[number][0] for number in numbers])
+        for number, (fate, incarnation) in zip(numbers, answers, strict=True):
+            if fate == "durable":
                 self.spool.remove(number)
                 del self._pushed[number]
+            elif fate == "dropped":
+                key, _ = self._pushed.pop(number)
+                self._drop(number, None, f"layer {key.layer} of step {key.step} was given up, see the aggregator's log")
             elif incarnation != self._pushed[number][1]:
                 del self._pushed[number]  # the shard that held it restarted: push again
 
@@ -112,4 +116,5 @@ class Delivery:
         log.warning("partial dropped: %s", message)
         if reason is not None:
             self.dropped[reason] += 1
+        self.spool.count_lost()
         self.spool.remove(number)

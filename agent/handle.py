@@ -262,9 +262,7 @@ class Agent:
         stretch = self._cadence.stretch_at(following)
         for one in self._watched:
             point = one.schedule.due(step, following, stretch)
-            one.gate.open = point is not None and (
-                point.turn is None or (one.place.layer - point.turn) % one.schedule.rotate == 0
-            )
+            one.gate.open = point is not None and point.is_for(one.place.layer, one.schedule.rotate)
 
     def _warn_once(self, about: str, message: str) -> None:
         if about not in self._warned and len(self._warned) < 100:

@@ -105,17 +105,19 @@ class CourierHandover:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self._courier.stdin.close()
                 self._courier.wait(KILL_SECONDS)
-        undelivered = len(self._spool.numbers())
-        if undelivered == 0:
+        waiting, lost = len(self._spool.numbers()), self._spool.lost()
+        if lost:
+            log.warning("%d partials were given up by the aggregator, see its log: %s", lost, self._last_words())
+        if waiting == 0:
             self._spool.discard()
         else:
             log.warning(
                 "%d partials were not delivered and remain in %s, where the next job of this run on this host finds "
                 "them; the courier's last words: %s",
-                undelivered, self._spool.folder, self._last_words(),
+                waiting, self._spool.folder, self._last_words(),
             )  # fmt: skip
         self._spool.close()
-        return undelivered
+        return waiting + lost
 
     def _make_room(self, needed: int) -> None:
         sizes = {number: self._spool.size_bytes(number) for number in self._spool.numbers()}

@@ -10,14 +10,19 @@ since it runs in evaluation mode. Everything is called by the training thread.
 `train()` or the end of the process, whichever is first.
 """
 
+import contextlib
 import os
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..schemas import check_run_id
 from .attachment import attach
 from .handle import Agent
+from .observation import mask_position
+
+USUAL_MASK = "attention_mask"
 
 
 class EigenwatchCallback(TrainerCallback):
@@ -25,17 +30,17 @@ class EigenwatchCallback(TrainerCallback):
 
     Args:
         run_id: name of the training job; default: the `run_name` of the training arguments, else their `output_dir`.
-        mask_argument: keyword of the model's forward whose zeros mark padding, which is not counted; None counts all.
+        mask_argument: argument of the model's forward whose zeros mark padding, which is not counted; None counts all.
+            Default: `attention_mask`, where the forward has it.
         options: whatever else `attach` accepts: `every`, `store`, `aggregator`, `layers`, `tags`, ….
     """
 
-    def __init__(
-        self, *, run_id: str | None = None, mask_argument: str | None = "attention_mask", **options: Any
-    ) -> None:
+    def __init__(self, *, run_id: str | None = None, mask_argument: str | None = "default", **options: Any) -> None:
         self.agent: Agent | None = None
         """While a training is under way."""
         self._run_id = run_id
-        self._options = {"mask_argument": mask_argument, **options}
+        self._mask_argument = mask_argument
+        self._options = options
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -46,7 +51,9 @@ class EigenwatchCallback(TrainerCallback):
             ValueError: as `attach`, or neither `run_name` nor `output_dir` may name a run.
         """
         self.close()  # of a training that ended by an exception
-        self.agent = attach(kwargs["model"], run_id=self._run_id or _run_id(args), **self._options)
+        model = kwargs["model"]
+        mask = _usual_mask(model) if self._mask_argument == "default" else self._mask_argument
+        self.agent = attach(model, run_id=self._run_id or _run_id(args), mask_argument=mask, **self._options)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.agent is not None:
@@ -62,6 +69,13 @@ class EigenwatchCallback(TrainerCallback):
         if self.agent is not None:
             self.agent.close()
             self.agent = None
+
+
+def _usual_mask(model: nn.Module) -> str | None:
+    with contextlib.suppress(ValueError):
+        mask_position(model, USUAL_MASK)
+        return USUAL_MASK
+    return None
 
 
 def _run_id(args: TrainingArguments) -> str:

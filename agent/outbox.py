@@ -112,6 +112,7 @@ class Outbox:
         self._queue: deque[Sample] = deque()
         self._queued_bytes = 0
         self._dropped: Counter[str] = Counter()
+        self._warned: set[str] = set()
         self._changed = threading.Condition()
         self._deadline: float | None = None
         """On the monotonic clock, once closing."""
@@ -180,13 +181,21 @@ class Outbox:
                     left = max(deadline - time.monotonic(), 0.0)
                     self._undelivered = self._handover.close(left, self.dropped)
                     return
-                if time.monotonic() - last_tick >= TICK_SECONDS:
-                    last_tick = time.monotonic()
-                    self._handover.tick(self.dropped)
-                    self._tick()
             except BaseException as error:  # noqa: BLE001 - this thread must outlive any single failure
                 self._dropped["handover_error"] += 1
-                if self._dropped["handover_error"] == 1:
-                    log.warning("a partial could not be handed over: %s: %s", type(error).__name__, error)
-                if sample is None and deadline is not None:
+                if sample is None:
+                    self._warn_once("what was handed over may not be durable", error)
                     return
+                self._warn_once("a partial could not be handed over", error)
+            if time.monotonic() - last_tick >= TICK_SECONDS:
+                last_tick = time.monotonic()
+                try:
+                    self._handover.tick(self.dropped)
+                    self._tick()
+                except BaseException as error:  # noqa: BLE001 - as above
+                    self._warn_once("the outbox's housekeeping failed", error)
+
+    def _warn_once(self, what: str, error: BaseException) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            log.warning("%s: %s: %s", what, type(error).__name__, error)

@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 
 from ..schemas import RecordKey, RunDescription, WirePartial
-from ..schemas.delivery import COORDINATOR, NAMESPACE, Durability, Opened, PushReply, check_reachable
+from ..schemas.delivery import COORDINATOR, NAMESPACE, Durability, Fate, Opened, PushReply, check_reachable
 
 CALL_SECONDS = 60.0
 
@@ -97,19 +97,19 @@ class RaySession:
 
         return self._calling(pushing)
 
-    def durable(self, keys: list[RecordKey]) -> list[tuple[bool, str]]:
-        """For each record, whether it is durable and the incarnation of the shard that says so."""
+    def fates(self, keys: list[RecordKey]) -> list[tuple[Fate, str]]:
+        """For each record, what became of it and the incarnation of the shard that says so."""
 
-        def asking() -> list[tuple[bool, str]]:
+        def asking() -> list[tuple[Fate, str]]:
             by_owner: dict[str, list[int]] = {}
             for index, key in enumerate(keys):
                 by_owner.setdefault(self._owners[key.layer], []).append(index)
-            result: list[tuple[bool, str]] = [(False, "")] * len(keys)
+            result: list[tuple[Fate, str]] = [("held", "")] * len(keys)
             for owner, indices in by_owner.items():
                 wanted = [tuple(keys[index]) for index in indices]
                 answer: Durability = ray.get(self._actors[owner].durable.remote(wanted), timeout=CALL_SECONDS)
-                for index, durable in zip(indices, answer.durable, strict=True):
-                    result[index] = (durable, answer.incarnation)
+                for index, fate in zip(indices, answer.fates, strict=True):
+                    result[index] = (fate, answer.incarnation)
             return result
 
         return self._calling(asking)

@@ -12,8 +12,11 @@ class Point(NamedTuple):
     """One scheduled sample: the nominal step, and which of the rotating layer groups it is for."""
 
     step: int
-    turn: int | None
-    """Layers with `position % rotate == turn % rotate` are sampled; None: all of them."""
+    turns: range | None
+    """Layers with `layer % rotate == turn % rotate` for one of these are sampled; None: all of them."""
+
+    def is_for(self, layer: int, rotate: int) -> bool:
+        return self.turns is None or any((layer - turn) % rotate == 0 for turn in self.turns[-rotate:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,14 +57,17 @@ class Schedule:
         return self.start <= step and (self.end is None or step <= self.end)
 
     def due(self, before: int, step: int, stretch: int = 1) -> Point | None:
-        """The newest point in (before, step] under a cadence of `every * stretch`; None where there is none."""
+        """The newest point in (before, step] under a cadence of `every * stretch`; None where there is none.
+
+        Where steps rise by more than the cadence it is for the layers of all the points that lie there.
+        """
         if not self.allows(step):
             return None
         since_start = step - self.start
-        turn, _ = divmod(since_start, self.every * stretch)
-        regular = self.start + turn * self.every * stretch
-        if regular > before:
-            return Point(regular, turn)
+        cadence = self.every * stretch
+        newest, last = since_start // cadence, (before - self.start) // cadence
+        if newest > last:
+            return Point(self.start + newest * cadence, range(max(last + 1, 0), newest + 1))
         if self.dense_start and since_start < self.every:
             dense = self.start + (1 << since_start.bit_length() - 1)
             if dense > before:

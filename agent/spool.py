@@ -248,6 +248,17 @@ class Spool:
         with contextlib.suppress(OSError):
             (self.folder / "takes").unlink(missing_ok=True)
 
+    def count_lost(self) -> None:
+        """A partial of this spool will never be in a record: the rank shall hear of it when it closes."""
+        with contextlib.suppress(OSError), (self.folder / "lost").open("ab") as lost:
+            lost.write(b".")
+
+    def lost(self) -> int:
+        """How often that was counted."""
+        with contextlib.suppress(OSError):
+            return (self.folder / "lost").stat().st_size
+        return 0
+
     def idle_seconds(self) -> float:
         """Time since the last partial, or the spool itself, was written."""
         files = [self.folder / "run.json", *map(self._path, self.numbers()[-1:])]

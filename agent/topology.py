@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..schemas import SITES, LayerDescription, RunDescription, row_blocks
+from ..spectrum import block_length
 from .discovery import FoundLayer, find_layers
 from .observation import Place
 from .parallel import Spread, WidthGather, fsdp_modules, replica_ranks, spread_of, whole_width
@@ -149,11 +150,27 @@ def observed_places(
     return [places[key] for key in sorted(places, key=lambda k: (k[0], -1 if k[2] is None else k[2], k[1]))]
 
 
+def tight_room(observed: Sequence[Observed], room_bytes: int) -> str | None:
+    """What to say where the scatters of one sampled step do not fit into host memory together; None where they do.
+
+    On an accelerator what does not fit is dropped; on a CPU it is folded, which takes only time.
+    """
+    needed = sum(4 * block_length(one.place.width, one.place.block) / one.schedule.rotate for one in observed)
+    if needed <= room_bytes:
+        return None
+    rotate = max(one.schedule.rotate for one in observed) * math.ceil(needed / room_bytes)
+    return (
+        f"a sample of {len(observed)} places may take {needed / 2**30:.1f} GiB of host memory, and limits allow "
+        f"{room_bytes / 2**30:.1f}: what does not fit is dropped; pass OutboxLimits(memory_bytes="
+        f"{2 * math.ceil(needed)}) or Schedule(rotate={rotate})"
+    )
+
+
 def announced(observed: Sequence[Observed]) -> list[tuple[Any, ...]]:
     """What a rank tells the others of its places."""
     return [
         (one.place.layer, one.place.site, one.place.expert, one.place.name, one.place.width, one.spread.ranks,
-         one.fingerprint)
+         one.fingerprint, one.schedule)
         for one in observed
     ]  # fmt: skip
 
@@ -166,8 +183,8 @@ def describe(same: dict[str, Any], launch_id: str, by_rank: Sequence[Sequence[tu
     """
     layers: dict[tuple[int, str, int | None], _Seen] = {}
     for rank, places in enumerate(by_rank):
-        for layer, site, expert, name, width, share, fingerprint in places:
-            seen = layers.setdefault((layer, site, expert), _Seen(name, width, rank, {}, {}))
+        for layer, site, expert, name, width, share, fingerprint, schedule in places:
+            seen = layers.setdefault((layer, site, expert), _Seen(name, width, rank, {}, {}, schedule))
             what = f"layer {layer}" + ("" if expert is None else f", expert {expert}")
             if seen.width != width:
                 raise ValueError(
@@ -199,6 +216,10 @@ def describe(same: dict[str, Any], launch_id: str, by_rank: Sequence[Sequence[tu
                 name=seen.name,
                 width=seen.width,
                 shares=tuple(seen.shares[first] for first in sorted(seen.shares)),
+                paired=all(
+                    (key[0], site, key[2]) in layers and layers[key[0], site, key[2]].schedule == seen.schedule
+                    for site in SITES
+                ),
             )
             for key, seen in sorted(layers.items(), key=lambda one: (one[0][0], one[0][1], one[0][2] or 0))
         ),
@@ -214,6 +235,7 @@ class _Seen(NamedTuple):
     """By lowest rank."""
     fingerprints: dict[int, float]
     """By part of the features."""
+    schedule: Schedule
 
 
 def _offsets(offset: int | Sequence[int], models: int) -> list[int]:

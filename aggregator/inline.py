@@ -53,7 +53,7 @@ class InlineAggregator:
         self._coordinator.finish(run_id, attempt, rank, True, dropped)
         if self._endpoint is not None:
             self._endpoint.close()
-        return unfinished
+        return unfinished + self._shard.given_up
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(time.time(), self._coordinator.running(), [self._shard.snapshot(self._coordinator.ended())])

@@ -36,7 +36,7 @@ from ..schemas import (
     partial_from_wire,
     table_folder,
 )
-from ..schemas.delivery import Durability, PushReply
+from ..schemas.delivery import Durability, Fate, PushReply
 from ..spectrum import covariance_of
 from .config import ShardLimits, SolverConfig
 from .judge import Judge
@@ -67,6 +67,8 @@ class Shard:
         self._open = OpenRecords(limits.deadline_seconds, limits.memory_bytes)
         self._durable: OrderedDict[RecordKey, int] = OrderedDict()
         """Ranks in each record that is done with: durable, or given up and counted as dropped."""
+        self._given_up: OrderedDict[RecordKey, int] = OrderedDict()
+        """Of these the ones whose last partials were dropped, and how many."""
         self._judge = Judge()
         self._latest: dict[SeriesKey, LatestRecord] = {}
         self._received: Counter[str] = Counter()
@@ -109,10 +111,14 @@ class Shard:
             return self._refuse(header, type(error).__name__, str(error))
 
     def durable(self, keys: list[tuple[Any, ...]]) -> Durability:
-        """Which of these records are durable; one that was opened again for a late rank is not."""
+        """What became of these records; one that was opened again for a late rank is held."""
         with self._changed:
-            wanted = [RecordKey(*key) for key in keys]
-            return Durability(self.incarnation, [key in self._durable and key not in self._open for key in wanted])
+            return Durability(self.incarnation, [self._fate(RecordKey(*key)) for key in keys])
+
+    def _fate(self, key: RecordKey) -> Fate:
+        if key in self._open or key not in self._durable:
+            return "held"
+        return "dropped" if key in self._given_up else "durable"
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
         """The state for the endpoint; launches that have ended are forgotten first."""
@@ -149,6 +155,12 @@ class Shard:
         self._worker.join(IDLE_SECONDS if unfinished else timeout_seconds)
         return unfinished
 
+    @property
+    def given_up(self) -> int:
+        """How many partials were in records that were given up, of late."""
+        with self._changed:
+            return sum(self._given_up.values())
+
     def _unfinished(self) -> int:
         return len(self._open)  # a record is open until it is durable
 
@@ -171,6 +183,8 @@ class Shard:
         layer = _announced(layers, partial)
         if self._durable.get(key) == len(layer.ranks):
             self._duplicated[key.run_id] += 1
+            if key in self._given_up:
+                return PushReply("dropped", self.incarnation, None, f"the record {key} was given up, see the log")
             return PushReply("durable", self.incarnation)
         answer = self._open.turned_away(key, partial.rank, partial.width)
         if answer == "duplicate":
@@ -232,6 +246,7 @@ class Shard:
             ranks = len(closed.group.ranks)
             self._dropped[(closed.key.run_id, reason)] += ranks
             self._durable[closed.key] = max(ranks, self._durable.get(closed.key, 0))
+            self._given_up[closed.key] = ranks
             self._open.settled(closed.key)
             self._ready(self._pairs.give_up(closed.key))
             self._changed.notify_all()
@@ -245,8 +260,8 @@ class Shard:
     def _sibling_comes(self, key: RecordKey) -> bool:
         """Whether the other site of this record's layer is to be solved, or may be: nothing of it has come yet."""
         sibling = sibling_of(key)
-        layers = self._runs.get((key.run_id, key.attempt), {})
-        if (sibling.layer, sibling.site, sibling.expert) not in layers:
+        layer = self._runs.get((key.run_id, key.attempt), {}).get((key.layer, key.site, key.expert))
+        if layer is None or not layer.paired:
             return False
         return self._open.unsolved(sibling) or (sibling not in self._open and sibling not in self._durable)
 
@@ -296,13 +311,15 @@ class Shard:
                 if not under_way:  # its launch has ended, and nothing would ever forget it again
                     continue
                 self._durable[one.key] = one.row["ranks_seen"]
+                self._given_up.pop(one.key, None)
                 latest = self._latest.get(one.key.series)
                 if latest is None or latest.step <= one.key.step:
                     self._latest[one.key.series] = LatestRecord(one.key.series, one.key.step, now, _gauges(one.row))
                 latency = max(now - one.row["captured_at"].timestamp(), 0.0)
                 self._latency_seconds = self._latency_seconds.observe(latency)
-            while len(self._durable) > REMEMBERED_RECORDS:
-                self._durable.popitem(last=False)
+            for remembered in (self._durable, self._given_up):
+                while len(remembered) > REMEMBERED_RECORDS:
+                    remembered.popitem(last=False)
             self._written[run_id] += len(batch)
             self._unwritten = [one for one in self._unwritten if one.key.run_id != run_id]
             self._changed.notify_all()
@@ -319,8 +336,9 @@ class Shard:
             del self._runs[launch]
         for series in [one for one in self._latest if (one.run_id, one.attempt) in gone]:
             del self._latest[series]
-        for key in [one for one in self._durable if (one.run_id, one.attempt) in gone]:
-            del self._durable[key]
+        for remembered in (self._durable, self._given_up):
+            for key in [one for one in remembered if (one.run_id, one.attempt) in gone]:
+                del remembered[key]
         for run in {run for run, _ in gone} - {run for run, _ in self._runs}:
             for counter in (self._received, self._duplicated, self._written):
                 del counter[run]

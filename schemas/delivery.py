@@ -7,7 +7,8 @@ NAMESPACE = "eigenwatch"
 COORDINATOR = "coordinator"
 """Name of the coordinator actor in `NAMESPACE`."""
 
-PushStatus = Literal["merged", "duplicate", "durable", "busy", "unknown_run", "refused"]
+PushStatus = Literal["merged", "duplicate", "durable", "dropped", "busy", "unknown_run", "refused"]
+Fate = Literal["held", "durable", "dropped"]
 
 
 def check_reachable(address: str, timeout_seconds: float = 5.0) -> None:
@@ -28,8 +29,9 @@ def check_reachable(address: str, timeout_seconds: float = 5.0) -> None:
 class PushReply(NamedTuple):
     """A shard's answer to one partial.
 
-    merged, duplicate: the shard holds it; keep it until its record is durable. durable: its record already is.
-    busy: push again later. unknown_run: announce the run, then push again. refused: never push it again.
+    merged, duplicate: the shard holds it; keep it until its record is durable. durable: its record already is. dropped:
+    its record was given up, as the shard has counted. busy: push again later. unknown_run: announce the run, then push
+    again. refused: never push it again.
     """
 
     status: PushStatus
@@ -41,10 +43,11 @@ class PushReply(NamedTuple):
 
 
 class Durability(NamedTuple):
-    """A shard's answer to "which of these records are durable?"."""
+    """A shard's answer to "what became of these records?"."""
 
     incarnation: str
-    durable: list[bool]
+    fates: list[Fate]
+    """held: not durable yet, or not known. dropped: it never will be."""
 
 
 class Opened(NamedTuple):

@@ -34,6 +34,9 @@ class LayerDescription:
     """The ranks whose partials make this layer's record complete. A share is a set of tokens, held by one rank, or by
     the ranks of a tensor-parallel group, which send blocks of rows of its scatter in this order."""
 
+    paired: bool = False
+    """Whether the layer's other site is sampled in the same steps, so that a record may wait for its sibling."""
+
     def __post_init__(self) -> None:
         if self.site not in SITES:
             raise ValueError(f"site must be one of {SITES}, got {self.site!r}")

@@ -101,6 +101,7 @@ def test_a_job_trains_through_every_outage_and_delivers_what_the_job_before_it_l
     # Nobody is there, and everything dies: ranks and couriers.
     job = start_job(first, job_environment, *options, *steps)
     wait_until(lambda: step_of(first, 0) >= 4 and step_of(first, 1) >= 4, "step 4")
+    wait_until(lambda: len(held := waits(run_id)) == 2 and min(held) >= 2 * LAYERS, "the partials of steps 0 and 3")
     end_all(marker)
     job.wait(PATIENCE_SECONDS)
 
@@ -149,6 +150,11 @@ def test_a_job_trains_through_every_outage_and_delivers_what_the_job_before_it_l
 
 def spools(run_id: str) -> list[Path]:
     return list(Path(os.environ["EIGENWATCH_SPOOL"]).glob(f"{run_id}-*"))
+
+
+def waits(run_id: str) -> list[int]:
+    """How many partials each rank's spool holds, the fewest first."""
+    return sorted(len(list(spool.glob("*.arrow"))) for spool in spools(run_id))
 
 
 def test_an_embedded_aggregator_that_is_killed_is_started_again_and_nothing_is_lost(job_environment, tmp_path):

@@ -1,6 +1,7 @@
 """The hand-over to a courier: what is full, stopped or dead is counted and waited for, and never raises or blocks."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import time
@@ -11,7 +12,14 @@ import pytest
 from eigenwatch.agent.handover import CourierHandover
 from eigenwatch.agent.spool import Destination, Spool
 from eigenwatch.history import open_history
-from eigenwatch.schemas import LayerDescription, PartialCovariance, RecordKey, RunDescription, packed_length
+from eigenwatch.schemas import (
+    LayerDescription,
+    PartialCovariance,
+    RecordKey,
+    RunDescription,
+    packed_length,
+    packed_offset,
+)
 
 from tests.agent.test_spool import full_disk  # noqa: F401 - a fixture
 from tests.processes import wait_until
@@ -106,6 +114,28 @@ def test_stopped_courier_full_memory_and_full_spool_lose_only_the_oldest_and_the
     with open_history(served.store) as history:
         rows = history.query("SELECT step FROM records WHERE run_id = 'overflow' ORDER BY step").to_pylist()
     assert [row["step"] for row in rows] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("why", ["refused", "given up"])
+def test_closing_counts_what_the_aggregator_dropped(served, tmp_path, caplog, why):
+    """A width that the run did not announce, and half of a share whose other half never comes."""
+    run_id = f"dropped-{why.replace(' ', '-')}"
+    (layer,) = run(run_id).layers
+    whole = partial(run_id, 0)
+    if why == "refused":
+        announced, sent = dataclasses.replace(layer, width=WIDTH // 2), whole
+    else:
+        announced = dataclasses.replace(layer, shares=((0, 1),))
+        rows = announced.block_of(0).rows
+        sent = dataclasses.replace(whole, rows=rows, scatter=whole.scatter[: packed_offset(WIDTH, rows[1])])
+    spool = Spool.create(
+        [tmp_path], dataclasses.replace(run(run_id), layers=(announced,)), 0, Destination(served.address)
+    )
+    handover = CourierHandover(spool, 1 << 30)
+    handover.send(sent)
+    assert handover.close(60, {}) == 1
+    assert "1 partials were given up by the aggregator" in caplog.text
+    assert not spool.folder.exists()
 
 
 def test_closing_is_bounded_while_the_courier_is_stopped_and_says_where_the_rest_is(tmp_path, caplog):

@@ -5,8 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from eigenwatch.agent.huggingface import EigenwatchCallback
+from eigenwatch.cli.demo.decoder import Decoder, DecoderConfig
 from eigenwatch.history import open_history
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from tests.agent.witness import Witness
 
@@ -118,6 +127,19 @@ def test_padding_counts_where_no_mask_is_named(observe, store, tmp_path):
     training = Training(tmp_path, observe(run_id="unmasked", mask_argument=None), max_steps=2)
     training.trainer.train()
     assert _tokens(store, "unmasked") == {1: 2 * BATCH * LONGEST, 2: 2 * BATCH * LONGEST}
+
+
+def test_a_model_whose_forward_has_no_attention_mask_needs_no_word_about_it(observe, tmp_path):
+    model = Decoder(DecoderConfig(model_dim=16, width=24, layers=1, heads=2, vocabulary=32))
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    callback = observe(run_id="no-mask")
+    callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
+    assert callback.agent is not None
+    callback.close()
+    with pytest.raises(ValueError, match="mask_argument='attention_mask' is no argument of the model's forward"):
+        observe(run_id="no-mask", mask_argument="attention_mask").on_train_begin(
+            arguments, TrainerState(), TrainerControl(), model=model
+        )
 
 
 def test_a_training_that_goes_on_from_a_checkpoint_goes_on_with_the_right_step(trained, observe, store, tmp_path):

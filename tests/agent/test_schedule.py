@@ -70,9 +70,17 @@ def test_a_dense_start_is_log_spaced_up_to_the_cadence():
 def test_a_rotation_takes_each_group_of_layers_in_turn_and_every_group_at_the_dense_start():
     schedule = Schedule(every=10, rotate=3, dense_start=True)
     points = [point for step in range(61) if (point := schedule.due(step - 1, step))]
-    turns = [point.turn if point.turn is None else point.turn % 3 for point in points]
-    assert turns == [0, None, None, None, None, 1, 2, 0, 1, 2, 0]
+    turns = [None if point.turns is None else [turn % 3 for turn in point.turns] for point in points]
+    assert turns == [[0], None, None, None, None, [1], [2], [0], [1], [2], [0]]
     assert schedule.sampling_steps(2) == 60
+
+
+@pytest.mark.parametrize("stride", [1, 7, 20, 33, 1000])
+def test_a_rotation_reaches_every_layer_however_steps_rise(stride):
+    schedule = Schedule(every=10, rotate=4)
+    points = [schedule.due(step - stride, step) for step in range(0, 40 * stride + 1, stride)]
+    seen = [layer for layer in range(8) if any(point is not None and point.is_for(layer, 4) for point in points)]
+    assert seen == list(range(8))
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.0, "100", None, True])

@@ -94,8 +94,12 @@ def stored(store: Path, table: str = "records", run_id: str = "run") -> list[dic
     return written.sort_by([("written_at", "ascending"), ("step", "ascending"), ("layer", "ascending")]).to_pylist()
 
 
+def fates(shard: Shard, *keys: RecordKey) -> list[str]:
+    return shard.durable([tuple(key) for key in keys or (KEY,)]).fates
+
+
 def durable(shard: Shard, *keys: RecordKey) -> list[bool]:
-    return shard.durable([tuple(key) for key in keys or (KEY,)]).durable
+    return [fate == "durable" for fate in fates(shard, *keys)]
 
 
 def wait_for_rows(store: Path, count: int) -> list[dict[str, Any]]:
@@ -459,7 +463,7 @@ def test_a_record_of_which_no_share_is_whole_is_given_up_at_its_deadline_and_cou
     shard = open_shard(run(SHARED), deadline_seconds=SOON)
     push(shard, UPPER)
     wait_until(lambda: shard.snapshot([]).counters["run"].dropped == (("incomplete_share", 1),), "the loss")
-    assert durable(shard) == [True], "it is not to be kept any longer"
+    assert fates(shard) == ["dropped"], "it is not to be kept any longer"
     assert stored(tmp_path) == []
     push(shard, LOWER)
     shard.flush(FLUSH_SECONDS)
@@ -568,7 +572,7 @@ def test_schedule_and_cost_are_columns_and_gauges(open_shard, tmp_path):
     assert (latest.values["sampling_steps"], latest.values["overhead_ratio"]) == (50.0, 0.004)
 
 
-BOTH_SITES = run(layer(ranks=(0,)), layer(ranks=(0,), site="pre"))
+BOTH_SITES = run(layer(ranks=(0,), paired=True), layer(ranks=(0,), site="pre", paired=True))
 PRE = KEY._replace(site="pre")
 
 
@@ -605,6 +609,13 @@ def test_a_record_that_waits_for_its_sibling_is_not_durable_and_comes_out_at_the
     assert [row["js_divergence"] for row in stored(tmp_path)] == [None, None], "too late, and not lost"
 
 
+def test_a_record_whose_other_site_has_a_cadence_of_its_own_waits_for_nothing(open_shard, tmp_path):
+    shard = open_shard(run(layer(ranks=(0,)), layer(ranks=(0,), site="pre")))
+    push(shard, partial(0))
+    (record,) = wait_for_rows(tmp_path, 1)
+    assert record["js_divergence"] is None
+
+
 def test_the_sibling_of_a_record_that_waits_finds_room_however_little_memory_there_is(open_shard, tmp_path):
     shard = open_shard(BOTH_SITES, memory_bytes=1)
     push(shard, partial(0))
@@ -626,8 +637,8 @@ def test_flushing_does_not_wait_for_siblings(open_shard, tmp_path, end):
 
 
 def test_a_sibling_that_has_no_spectrum_or_is_given_up_leaves_the_record_alone(open_shard, tmp_path):
-    pre = dataclasses.replace(SHARED, site="pre")
-    shard = open_shard(run(layer(ranks=(0,)), pre), deadline_seconds=SOON)
+    pre = dataclasses.replace(SHARED, site="pre", paired=True)
+    shard = open_shard(run(layer(ranks=(0,), paired=True), pre), deadline_seconds=SOON)
     bad = rows(0)
     bad[0, 0] = math.nan
     push(shard, partial(0), *blocks_of(partial_of(bad, key=PRE), (0, 1)), partial(2, site="pre"))
@@ -639,7 +650,7 @@ def test_a_sibling_that_has_no_spectrum_or_is_given_up_leaves_the_record_alone(o
 
 
 def test_a_record_whose_sibling_is_durable_already_does_not_wait_for_it(open_shard, tmp_path):
-    shard = open_shard(run(layer(), layer(ranks=(0,), site="pre")))
+    shard = open_shard(run(layer(paired=True), layer(ranks=(0,), site="pre", paired=True)))
     push(shard, at_pre())
     shard.flush(FLUSH_SECONDS)
     push(shard, partial(0), partial(1))
