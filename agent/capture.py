@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spectrum import Moments, block_length
+from ..spectrum import Moments, Product, block_length, product_for
 
 
 class Room:
@@ -52,11 +52,26 @@ class _Copied(NamedTuple):
     scatter: Tensor
 
 
+class Memory:
+    """What is remembered of a place's samples: written by the outbox's thread, read by the training thread."""
+
+    mean_to_variance: float | None = None
+    """Of the last sample, see `Moments.mean_to_variance`; None before the first."""
+
+
 class Capture:
     """One layer's sample in the making. `add` on the training thread; afterwards the outbox's thread owns it."""
 
-    def __init__(self, width: int, block: tuple[int, int], room: Room, scratch: Scratch | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        block: tuple[int, int],
+        room: Room,
+        scratch: Scratch | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         self.width, self.block = width, block
+        self._memory = memory
         self.tokens = 0
         self._room = room
         self._scratch = scratch
@@ -100,6 +115,8 @@ class Capture:
         for one in self._copied:
             moments.include(one.tokens, one.mean, one.scatter)
         self._copied.clear()
+        if self._scratch is not None and self._memory is not None:
+            self._memory.mean_to_variance = moments.mean_to_variance()
         return moments
 
     def release(self) -> None:
@@ -136,7 +153,9 @@ class Capture:
             return
         if not self._hold(scatter_bytes):
             raise NoRoom(f"{scatter_bytes} bytes of scatter")
-        mean, scatter = self._receive(scratch.fold(x_ND, self.width, self.block))
+        known = None if self._memory is None else self._memory.mean_to_variance
+        product = product_for(x_ND.dtype, x_ND.device, known)
+        mean, scatter = self._receive(scratch.fold(x_ND, self.width, self.block, product))
         self._copied.append(_Copied(x_ND.shape[0], mean, scatter))
 
     def _receive(self, copies: tuple[tuple[Tensor, ...], Any]) -> tuple[Tensor, ...]:
@@ -183,10 +202,12 @@ class Scratch:
         self._copied[self._turn] = self._side.record_event()
         return arrived, self._copied[self._turn]
 
-    def fold(self, x_ND: Tensor, width: int, block: tuple[int, int]) -> tuple[tuple[Tensor, ...], Any]:
+    def fold(
+        self, x_ND: Tensor, width: int, block: tuple[int, int], product: Product = Product.EXACT
+    ) -> tuple[tuple[Tensor, ...], Any]:
         """Forms mean and scatter of rows on the device, and starts their copies to the host."""
         scatter = self._next(4 * block_length(width, block)).view(torch.float32).zero_()
-        moments = Moments(width, device=self._device, rows=block, scatter=scatter)
+        moments = Moments(width, device=self._device, rows=block, scatter=scatter, product=product)
         moments.add(x_ND)
         return self._copy(moments.mean, moments.scatter)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .capture import Capture, NoRoom, Room, Scratch
+from .capture import Capture, Memory, NoRoom, Room, Scratch
 from .padding import Padding
 from .parallel import WidthGather
 
@@ -113,6 +113,7 @@ class Observer:
         self._module = weakref.ref(module)
         self._gate, self._shared = gate, shared
         self._capture: Capture | None = None
+        self._memory = Memory()
         self._muted = self._spoilt = False
         self._lost: str | None = None
         self.errors: Counter[str] = Counter()
@@ -199,7 +200,8 @@ class Observer:
         if place.expert is None:
             rows_ND = self._shared.padding.without(rows_ND, activations.shape[:-1])
         if self._capture is None:
-            self._capture = Capture(place.width, place.block, self._shared.room, self._scratch_of(activations.device))
+            scratch = self._scratch_of(activations.device)
+            self._capture = Capture(place.width, place.block, self._shared.room, scratch, self._memory)
         if rows_ND.shape[0] > 0:
             self._capture.add(rows_ND)
 

@@ -20,6 +20,7 @@ from .merge import Group, Share, merge
 from .moments import Moments
 from .partial import covariance_of, partial_of, partial_of_nothing, samples_of
 from .power_law import PowerLaw, power_law
+from .products import Product, product_for
 from .ranks import (
     effective_dimension,
     hard_rank,
@@ -36,6 +37,7 @@ __all__ = [
     "Group",
     "Moments",
     "PowerLaw",
+    "Product",
     "Share",
     "block_length",
     "block_views",
@@ -55,6 +57,7 @@ __all__ = [
     "partial_of",
     "partial_of_nothing",
     "power_law",
+    "product_for",
     "samples_of",
     "soft_rank",
     "soft_rank_corrected",

@@ -8,13 +8,10 @@ Products go into the packed triangle in place: beyond it there is one float32 co
 activations, and nothing of the size D×D.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from .products import Product, add_product, factors
 from .triangle import block_length, block_views
 
 CHUNK_ROWS = 4096
@@ -35,8 +32,10 @@ class Moments:
         device: torch.device | str | None = None,
         rows: tuple[int, int] | None = None,
         scatter: Tensor | None = None,
+        product: Product = Product.EXACT,
     ) -> None:
         self.width = width
+        self._product = product
         self.rows = rows if rows is not None else (0, width)
         """Which rows [start, stop) of the scatter are formed: a tensor-parallel rank has a block."""
         self.tokens = 0
@@ -69,68 +68,38 @@ class Moments:
         right_1D = shift.float()[None]
         left_1D = right_1D * (tokens * self.tokens / total)
         for block, view in block_views(self.scatter, self.width, self.rows):
-            _add_product(view, left_1D[:, block.start : block.stop], right_1D[:, block.first_column :])
+            add_product(view, left_1D[:, block.start : block.stop], right_1D[:, block.first_column :])
         self.mean += shift * (tokens / total)
         self.tokens = total
 
+    def mean_to_variance(self) -> float:
+        """n‖mean‖²/tr S over the rows of the block; 0 where nothing varies. On a GPU it waits for the device."""
+        trace = sum(
+            float(view.diagonal(block.start - block.first_column).double().sum())
+            for block, view in block_views(self.scatter, self.width, self.rows)
+        )
+        return self.tokens * float(self.mean[slice(*self.rows)].square().sum()) / trace if trace > 0 else 0.0
+
     def _fold(self, x_ND: Tensor) -> None:
         count = x_ND.shape[0]
-        dtype = torch.promote_types(x_ND.dtype, torch.float32)
-        pilot = x_ND[:: max(count // PILOT_ROWS, 1)].to(dtype).mean(0)
-        rows = x_ND - pilot
-        missed = rows.mean(0)
-        rows, total = rows.float(), self.tokens + count
-        shift = pilot.double() + missed.double() - self.mean
+        total = self.tokens + count
+        if self._product is Product.RAW:  # a pilot of zero
+            rows, missed = x_ND, x_ND.mean(0, dtype=torch.float32)
+            shift = missed.double() - self.mean
+        else:
+            dtype = torch.promote_types(x_ND.dtype, torch.float32)
+            pilot = x_ND[:: max(count // PILOT_ROWS, 1)].to(dtype).mean(0)
+            rows = x_ND - pilot
+            missed = rows.mean(0)
+            rows, shift = rows.float(), pilot.double() + missed.double() - self.mean
         # −n·δδᵀ and Chan's n·N/(n+N)·shift·shiftᵀ, as one product of rank two.
         right_2D = torch.stack((missed.double(), shift)).float()
         left_2D = right_2D * right_2D.new_tensor([[-count], [count * self.tokens / total]])
         self.mean += shift * (count / total)
         self.tokens = total
+        pairs = factors(rows, self._product)
         for block, view in block_views(self.scatter, self.width, self.rows):
             own, beside = slice(block.start, block.stop), slice(block.first_column, None)
-            _add_product(view, rows[:, own], rows[:, beside])
-            _add_product(view, left_2D[:, own], right_2D[:, beside])
-
-
-def _add_product(view: Tensor, left: Tensor, right: Tensor) -> None:
-    """view += leftᵀ·right in full float32, whatever precision the training job chose for its own products.
-
-    Under TF32 or bf16 products (`torch.set_float32_matmul_precision`) the scatter would be wrong by 5e-4. On the CPU
-    that is float64 then, and never a change of the setting: it is the whole process's, and this may be a thread beside
-    the training's. On a GPU only the training thread forms products, and sets it for as long as that takes.
-    """
-    if _float32_is_exact(view.device):
-        view.addmm_(left.T, right)
-    elif view.device.type == "cpu":
-        view += (left.double().T @ right.double()).float()
-    else:
-        with _exact_float32():
-            view.addmm_(left.T, right)
-
-
-def _float32_is_exact(device: torch.device) -> bool:
-    torch_backends: Any = torch.backends
-    backend = torch_backends.mkldnn if device.type == "cpu" else torch_backends.cuda
-    if not hasattr(backend.matmul, "fp32_precision"):  # torch < 2.9
-        return torch.get_float32_matmul_precision() == "highest"
-    chosen = [one.fp32_precision for one in (backend.matmul, torch_backends)]
-    return all(precision in ("none", "ieee") for precision in chosen)
-
-
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    matmul: Any = torch.backends.cuda.matmul
-    if not hasattr(matmul, "fp32_precision"):  # torch < 2.9
-        chosen = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(chosen)
-        return
-    precision = matmul.fp32_precision
-    try:
-        matmul.fp32_precision = "ieee"
-        yield
-    finally:
-        matmul.fp32_precision = precision
+            for left, right in pairs:
+                add_product(view, left[:, own], right[:, beside], self._product)
+            add_product(view, left_2D[:, own], right_2D[:, beside])
