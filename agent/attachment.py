@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,7 +28,7 @@ from .padding import Padding
 from .ranks import Ranks, current_ranks, spans_hosts
 from .schedule import Schedule
 from .spool import Destination, Spool, spool_roots
-from .topology import Declared, Parallelism, Watch, announced, describe, observed_places, tight_room
+from .topology import Declared, Parallelism, Watch, announced, deciding_rank, describe, observed_places, tight_room
 
 log = logging.getLogger("eigenwatch.agent")
 
@@ -101,7 +101,8 @@ def attach(
         _check_kind("samples", samples, bool)
         _check_kind("aggregator", aggregator, str)
         _check_kind("store", store, str, os.PathLike, type(None))
-        for place in declared:
+        places = list(_iterable("declared", declared))
+        for place in places:
             _check_kind("each of declared", place, Declared)
         _check_kind("parallelism", parallelism, Parallelism, type(None))
         _check_kind("tags", tags, Mapping, type(None))
@@ -112,18 +113,18 @@ def attach(
             for one in models:
                 mask_position(one, mask_argument)
         alone = ranks.world_size == 1
-        observed = observed_places(models, watches, declared, parallelism or Parallelism(), ranks.rank, alone)
+        observed = observed_places(models, watches, places, parallelism or Parallelism(), ranks.rank, alone)
         tight = tight_room(observed, bounds.memory_bytes // 2)
         if tight is not None and any(p.device.type != "cpu" for one in models for p in one.parameters()):
             log.warning("%s", tight)
         mine: dict[str, Any] = {
             "same": {
                 "run_id": run_id,
-                "layers": sorted({one for watch in watches for one in watch.indices}),
                 "schedule": [one.schedule for one in watches],
                 "tags": {str(k): str(v) for k, v in (tags or {}).items()},
             },
             "layers": announced(observed),
+            "chosen": sorted({index for one in watches for index in one.indices}),
             "local": observed,
         }
         if ranks.rank == 0:
@@ -148,7 +149,8 @@ def attach(
     try:
         mine, everyone = _together(ranks, start)
         same = _the_same([one["same"] for one in everyone])
-        run = describe(same, everyone[0]["launch_id"], [one["layers"] for one in everyone])
+        chosen = sorted({index for one in everyone for index in one["chosen"]})
+        run = describe(same, everyone[0]["launch_id"], [one["layers"] for one in everyone], chosen)
         served: Served = everyone[0]["served"]
         _together(ranks, open_handover)
     except BaseException:
@@ -156,7 +158,8 @@ def attach(
             embedded.close(10.0)
         raise
     assert handover is not None
-    cadence = Cadence(ranks, run.launch_id, decider=min(rank for one in run.layers for rank in one.ranks))
+    contracts = [one.max_overhead for one in mine["same"]["schedule"] if one.max_overhead is not None]
+    cadence = Cadence(ranks, run.launch_id, decider=deciding_rank([one["layers"] for one in everyone]))
     agent = Agent(
         run=run,
         ranks=ranks,
@@ -168,6 +171,7 @@ def attach(
         embedded=embedded,
         metrics_url=handover.metrics_url if isinstance(handover, InlineHandover) else served.metrics_url,
         mask_argument=mask_argument,
+        max_overhead=min(contracts, default=None),
     )
     log.info("%s", agent)
     return agent
@@ -185,18 +189,19 @@ def _watches(
     if every is not None and schedule is not None:
         raise ValueError("every and schedule exclude each other: write schedule=Schedule(every=…)")
     if watch is not None:
-        if given or tuple(sites) != ("post",):
+        if given or sites != ("post",):
             raise ValueError(f"watch takes the place of {', '.join(given) or 'sites'}: say it inside of Watch(…)")
-        if not watch:
+        watches = list(_iterable("watch", watch))
+        if not watches:
             raise ValueError("watch is empty: leave it out to observe every layer")
-        for one in watch:
+        for one in watches:
             _check_kind("each of watch", one, Watch)
-        return list(watch)
+        return watches
     return [Watch(layers=layers, sites=sites, schedule=schedule or Schedule(every=100 if every is None else every))]
 
 
 def _modules(model: Any) -> list[nn.Module]:
-    models = [model] if isinstance(model, nn.Module) else list(model) if isinstance(model, Sequence) else []
+    models = [model] if isinstance(model, nn.Module) else list(model) if isinstance(model, Iterable) else []
     if not models or not all(isinstance(one, nn.Module) for one in models):
         raise ValueError(
             f"model is {_shown(model)}: pass the module that is trained, or the list of this rank's pipeline chunks"
@@ -208,6 +213,12 @@ def _check_kind(name: str, value: Any, *kinds: type) -> None:
     if not isinstance(value, kinds):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"{name} must be {wanted}, got {_shown(value)}")
+
+
+def _iterable(name: str, value: Any) -> Iterable[Any]:
+    if not isinstance(value, Iterable) or isinstance(value, str):
+        raise ValueError(f"{name} must be a sequence, got {_shown(value)}")
+    return value
 
 
 def _check_port(port: Any) -> None:

@@ -2,19 +2,17 @@
 
 Ranks of a tensor-parallel group meet inside a sampled forward: one that did not know of a change would leave the
 others waiting for ever. So a change is proposed for a step some seconds ahead, through the key-value store of the job's
-process group; each rank that learns of it in time says so; and if all did before that step, the change holds, else it
-is withdrawn and proposed again with more time. Outbox threads carry the words about once a second. The training thread
-asks the store itself only where it comes to the step of a proposal whose verdict it has not heard, and then waits for
-no more than the deciding rank's own end of that step.
+process group, and each rank that learns of it in time consents. The verdict is a key that is written once: "yes" by the
+proposing rank when all have consented, or "no" by the first rank that comes to the step before that. Whoever tries to
+write it obeys what stands there, so nobody waits for anybody. Outbox threads carry the words about once a second; the
+training thread asks the store only where it comes to the step of a proposal whose verdict it has not heard.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import threading
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 from torch.distributed import distributed_c10d
@@ -26,8 +24,7 @@ log = logging.getLogger("eigenwatch.agent")
 LEAD_SECONDS = 5.0
 """How far ahead a change is proposed at first."""
 MAX_PATIENCE = 64
-VERDICT_SECONDS = 300.0
-"""After so long the deciding rank is dead, and with it the job."""
+_YES, _NO = "yes", "no"
 
 
 class Change(NamedTuple):
@@ -53,13 +50,14 @@ class Cadence:
         """In force for the step under way, and after it."""
         self._proposal: _Proposal | None = None
         self._written = False
-        """Whether others can see the proposal."""
+        """Whether others may have seen the proposal."""
         self._number = 0
         """Of the newest proposal that was made or read."""
         self._reached = -1
-        """The step for which this rank has last settled."""
+        """The furthest step for which this rank has settled."""
         self._patience = 1
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        """Held for a few statements, never while the store is asked."""
         self._store: Any = None
         if self._others:
             store = distributed_c10d._get_default_store()
@@ -83,7 +81,7 @@ class Cadence:
         if not self._others:
             self._changes = (*self._changes, Change(step + 1, stretch))
             return
-        lead = int(LEAD_SECONDS * self._patience / step_seconds) + 2
+        lead = int(LEAD_SECONDS * self._patience / max(step_seconds, 1e-6)) + 2
         with self._lock:
             self._number += 1
             self._proposal = _Proposal(self._number, Change(step + lead * stride, stretch))
@@ -94,83 +92,66 @@ class Cadence:
         with self._lock:
             while len(self._changes) > 1 and self._changes[1].from_step <= self._reached:
                 self._changes = self._changes[1:]
-            self._reached = following
+            self._reached = max(self._reached, following)
             proposal = self._proposal
-            if proposal is None or following < proposal.change.from_step:
+            if proposal is None or self._reached < proposal.change.from_step:
                 return
-            if self.decides:
-                self._withdraw(proposal)
+            if self.decides and not self._written:  # nobody has seen it
+                self._number -= 1
+                self._end(proposal, agreed=False)
                 return
-        key = f"verdict/{proposal.number}"
-        try:
-            self._store.wait([key], timedelta(seconds=VERDICT_SECONDS))
-            verdict = self._store.get(key) == b"yes"
-        except Exception as error:  # noqa: BLE001 - the training process never sees an error of ours
-            log.warning("no verdict on the change of cadence at step %d: %s", proposal.change.from_step, error)
-            verdict = False
-        with self._lock:
-            if self._proposal == proposal:
-                self._end(verdict)
+        self._end(proposal, self._verdict(proposal, _NO))
 
     def exchange(self) -> None:
         """Carries proposals, consents and verdicts; short, and never waits for a key."""
         if self._store is None:
             return
         if self.decides:
-            self._count_consents()
+            self._speak()
         else:
             self._listen()
 
-    def close(self) -> None:
-        """Nobody shall wait for the verdict of a rank that has ended."""
+    def _speak(self) -> None:
         with self._lock:
-            if self.decides and self._proposal is not None:
-                self._withdraw(self._proposal)
-
-    def _count_consents(self) -> None:
-        with self._lock:  # the training thread must not withdraw what is being agreed on
-            if self._proposal is None:
-                return
-            number = self._proposal.number
-            if not self._written:
-                self._store.set(f"proposal/{number}", json.dumps(self._proposal.change))
-                self._written = True
-            elif self._store.add(f"consents/{number}", 0) == self._others:
-                self._store.set(f"verdict/{number}", "yes")
-                self._end(True)
+            proposal, written = self._proposal, self._written
+            self._written = True
+        if proposal is None:
+            return
+        if not written:
+            self._store.set(f"proposal/{proposal.number}", json.dumps(proposal.change))
+        elif self._store.add(f"consents/{proposal.number}", 0) == self._others:
+            self._end(proposal, self._verdict(proposal, _YES))
 
     def _listen(self) -> None:
         with self._lock:
-            known = self._proposal
-        if known is None:
-            number = self._number + 1
-            if self._store.check([f"proposal/{number}"]):
-                change = Change(*json.loads(self._store.get(f"proposal/{number}")))
-                with self._lock:
-                    self._number = number
-                    if self._reached >= change.from_step:  # too late: without this consent it will not hold
-                        return
-                    self._proposal = _Proposal(number, change)
-                self._store.add(f"consents/{number}", 1)
-        elif self._store.check([f"verdict/{known.number}"]):
-            verdict = self._store.get(f"verdict/{known.number}") == b"yes"
+            known, number = self._proposal, self._number + 1
+        if known is not None:
+            if self._store.check([f"verdict/{known.number}"]):
+                self._end(known, self._verdict(known, _NO))
+        elif self._store.check([f"proposal/{number}"]):
+            change = Change(*json.loads(self._store.get(f"proposal/{number}")))
             with self._lock:
-                if self._proposal == known:
-                    self._end(verdict)
+                self._number = number
+                if self._reached >= change.from_step:  # too late: without this consent it will not hold
+                    return
+                self._proposal = _Proposal(number, change)
+            self._store.add(f"consents/{number}", 1)
 
-    def _withdraw(self, proposal: _Proposal) -> None:
-        """With the lock held, on the deciding rank."""
-        if self._written:
-            with contextlib.suppress(Exception):  # the store is gone, and with it the job
-                self._store.set(f"verdict/{proposal.number}", "no")
-        else:
-            self._number -= 1  # nobody has seen it
-        self._end(False)
+    def _verdict(self, proposal: _Proposal, mine: str) -> bool:
+        """Writes the verdict, unless there is one; whether the one that stands is yes."""
+        try:
+            stands: bytes = self._store.compare_set(f"verdict/{proposal.number}", "", mine)
+        except Exception as error:  # noqa: BLE001 - the store is gone, and with it the job
+            log.warning("no verdict on the change of cadence at step %d: %s", proposal.change.from_step, error)
+            return False
+        return stands.decode() == _YES
 
-    def _end(self, agreed: bool) -> None:
-        """With the lock held: the verdict is known."""
-        assert self._proposal is not None
-        if agreed:
-            self._changes = (*self._changes, self._proposal.change)
-        self._patience = 1 if agreed else min(2 * self._patience, MAX_PATIENCE)
-        self._proposal = None
+    def _end(self, proposal: _Proposal, agreed: bool) -> None:
+        """The verdict is known, to this thread perhaps not first."""
+        with self._lock:
+            if self._proposal != proposal:
+                return
+            if agreed:
+                self._changes = (*self._changes, proposal.change)
+            self._patience = 1 if agreed else min(2 * self._patience, MAX_PATIENCE)
+            self._proposal = None

@@ -66,6 +66,11 @@ class Inbox:
         elif os.getppid() != self._rank_pid:  # a forked child of the rank may hold the pipe open
             self._orphaned()
 
+    @property
+    def read_on(self) -> bool:
+        """Whether the rank closes, and will read in the spool what was lost."""
+        return self.clean and os.getppid() == self._rank_pid
+
     def _take(self, message: dict[str, Any]) -> None:
         self.dropped = message.get("dropped", self.dropped)
         if "close" in message:
@@ -138,7 +143,7 @@ def main() -> None:
         Courier(spool, own, Leftovers(spool, [*spool.roots, *all_spool_roots()], session), inbox).run()
     finally:
         own.close()
-    if not spool.numbers() and not inbox.clean:  # a rank that closes still reads what is said here
+    if not spool.numbers() and not inbox.read_on:
         spool.discard()
 
 

@@ -116,5 +116,5 @@ class Delivery:
         log.warning("partial dropped: %s", message)
         if reason is not None:
             self.dropped[reason] += 1
-        self.spool.count_lost()
-        self.spool.remove(number)
+        if self.spool.remove(number):  # else the outbox dropped it to make room, and counted it
+            self.spool.count_lost()

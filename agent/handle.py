@@ -10,6 +10,7 @@ import atexit
 import logging
 import operator
 import os
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -62,12 +63,13 @@ class Agent:
         embedded: EmbeddedAggregator | None,
         metrics_url: str | None,
         mask_argument: str | None,
+        max_overhead: float | None,
     ) -> None:
         self.run = run
         self.metrics_url = metrics_url
         """The Prometheus endpoint of the embedded aggregator; None where another process serves it."""
         self._ranks, self._shared, self._outbox, self._embedded = ranks, shared, outbox, embedded
-        self._cadence = cadence
+        self._cadence, self._max_overhead = cadence, max_overhead
         self._meter = Meter(asynchronous=any(p.device.type != "cpu" for model in models for p in model.parameters()))
         self._watched = [_Watched.of(one, models[0], shared) for one in observed]
         self._by_hand = {one.place.key: one.observer for one in self._watched if not one.observer.hooked}
@@ -76,6 +78,8 @@ class Agent:
         ]
         self._pid = os.getpid()
         self._last_step = -1
+        self._covered = sys.maxsize
+        """Up to which step points of the schedules have been looked for: what was expected to be the next."""
         self._step_ended_at: float | None = None
         self._undelivered: int | None = None
         self._warned: set[str] = set()
@@ -130,7 +134,6 @@ class Agent:
         if self._undelivered is not None:
             return self._undelivered
         atexit.unregister(self.close)
-        self._cadence.close()
         for handle in self._mask_handles:
             handle.remove()
         for one in self._watched:
@@ -151,7 +154,8 @@ class Agent:
     @property
     def overhead_ratio(self) -> float | None:
         """What sampling costs, measured: the stall of a sampled step over the time of the steps up to the next."""
-        return self._meter.ratio(self._cadence.stretch_at(max(self._last_step, 0)))
+        step = max(self._last_step, 0)
+        return self._meter.ratio(self._cadence.stretch_at(step), step)
 
     def __enter__(self) -> Agent:
         return self
@@ -180,16 +184,17 @@ class Agent:
             )
         started = time.perf_counter()
         stride = 1 if self._last_step < 0 else max(step - self._last_step, 1)
-        served = {one.schedule.every for one in self._watched if one.gate.open}
+        served = {one.schedule for one in self._watched if one.gate.open}
         if served:
             self._hand_over(step)
         self._shared.padding.set(None)
         self._last_step = step
-        self._measure(served, started)
+        self._measure(served, started, stride)
         if served and self._cadence.decides:
             self._hold_contract(step, stride)
         self._cadence.settle(step + stride)
-        self._open_gates(step, step + stride)
+        self._open_gates(min(step, self._covered), step + stride)
+        self._covered = step + stride
 
     def _discard(self) -> None:
         for one in self._watched:
@@ -235,28 +240,27 @@ class Agent:
                 "called before the first compiled forward?",
             )
 
-    def _measure(self, served: set[int], started: float) -> None:
-        """Times the step that ended; `served` are the cadences for which it was sampled, by their steps."""
+    def _measure(self, served: set[Schedule], started: float, stride: int) -> None:
+        """Times the step that ended; `served` are the schedules for which it was sampled."""
         now = time.perf_counter()
         stalls = dict.fromkeys(served, (now - started) / max(len(served), 1))
         for one in self._watched:
             seconds, one.observer.seconds = one.observer.seconds, 0.0
-            if one.schedule.every in stalls:
-                stalls[one.schedule.every] += seconds
+            if one.schedule in stalls:
+                stalls[one.schedule] += seconds
         if self._step_ended_at is not None:
-            self._meter.ended(now - self._step_ended_at, stalls)
+            self._meter.ended(now - self._step_ended_at, stalls, stride)
         self._step_ended_at = now
 
     def _hold_contract(self, step: int, stride: int) -> None:
-        limits = [one.schedule.max_overhead for one in self._watched if one.schedule.max_overhead is not None]
         in_force, step_seconds = self._cadence.newest, self._meter.step_seconds
-        if not limits or step_seconds is None or self._cadence.is_open or step < in_force.from_step:
+        if self._max_overhead is None or step_seconds is None or self._cadence.is_open or step < in_force.from_step:
             return
-        wanted = wanted_stretch(self._meter, min(limits), in_force.stretch)
+        wanted = wanted_stretch(self._meter, self._max_overhead, in_force.stretch, step)
         if wanted != in_force.stretch:
             self._cadence.propose(step, wanted, step_seconds, stride)
             log.info("cadences are to be stretched by %d, where sampling takes %.2g %% of the time", wanted,
-                     100 * (self._meter.ratio(wanted) or 0.0))  # fmt: skip
+                     100 * (self._meter.ratio(wanted, step) or 0.0))  # fmt: skip
 
     def _open_gates(self, step: int, following: int) -> None:
         stretch = self._cadence.stretch_at(following)

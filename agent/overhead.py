@@ -5,13 +5,15 @@ One rank measures and decides, since ranks of one job wait for each other in eve
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
 
+from .schedule import Schedule
+
 WARM_UP_STEPS = 2
 """Steps whose time says nothing: compilation, first allocations."""
+MAX_STRETCH = 1 << 30
 LEAST_SAMPLES = 3
 """A single slow one shall not stretch the cadence far."""
 
@@ -25,15 +27,17 @@ class Meter:
         self._plain: deque[float] = deque(maxlen=50)
         self._sampled: deque[float] = deque(maxlen=9)
         self._timed: deque[float] = deque(maxlen=9)
-        self._stalls: dict[int, deque[float]] = {}
-        """By cadence: the part of the timed stall that its places have."""
+        self._stalls: dict[Schedule, deque[float]] = {}
+        """The part of the timed stall that its places have."""
+        self._stride = 1
         self._seen = 0
 
-    def ended(self, seconds: float, stalls: Mapping[int, float]) -> None:
-        """A step ended: its time, and what of it was measured inside our own calls, by the steps between samples of the
-        cadence that it served; empty where the step was not sampled.
+    def ended(self, seconds: float, stalls: Mapping[Schedule, float], stride: int = 1) -> None:
+        """A step ended: its time, and what of it was measured inside our own calls, by the schedule that it served;
+        empty where the step was not sampled. `stride` is how much steps rise by.
         """
         self._seen += 1
+        self._stride = stride
         if self._seen <= WARM_UP_STEPS:
             return
         if not stalls:
@@ -41,8 +45,8 @@ class Meter:
             return
         self._sampled.append(seconds)
         self._timed.append(sum(stalls.values()))
-        for every, stall in stalls.items():
-            self._stalls.setdefault(every, deque(maxlen=9)).append(stall)
+        for schedule, stall in stalls.items():
+            self._stalls.setdefault(schedule, deque(maxlen=9)).append(stall)
 
     @property
     def step_seconds(self) -> float | None:
@@ -66,14 +70,19 @@ class Meter:
             return timed
         return max(timed, statistics.median(self._sampled) - statistics.median(self._plain))
 
-    def ratio(self, stretch: int = 1) -> float | None:
-        """The stalls of all cadences, each spread over its own steps between samples, as a share of the steps' time."""
-        stall, step = self.stall_seconds, self.step_seconds
-        if stall is None or step is None:
+    def ratio(self, stretch: int = 1, step: int = 0) -> float | None:
+        """The stalls of all schedules that go on after `step`, each spread over its own steps between samples, as a
+        share of the steps' time."""
+        stall, seconds = self.stall_seconds, self.step_seconds
+        if stall is None or seconds is None:
             return None
-        spread = sum(statistics.median(stalls) / every for every, stalls in self._stalls.items())
+        spread = sum(
+            statistics.median(stalls) / max(schedule.every * stretch / self._stride, 1.0)
+            for schedule, stalls in self._stalls.items()
+            if schedule.end is None or step < schedule.end
+        )
         timed = statistics.median(self._timed)
-        return spread * (stall / timed if timed > 0 else 1.0) / (stretch * step)
+        return spread * (stall / timed if timed > 0 else 1.0) / seconds
 
     @property
     def settled(self) -> bool:
@@ -81,17 +90,21 @@ class Meter:
         return len(self._sampled) >= LEAST_SAMPLES
 
 
-def wanted_stretch(meter: Meter, max_overhead: float, stretch: int) -> int:
+def wanted_stretch(meter: Meter, max_overhead: float, stretch: int, step: int = 0) -> int:
     """The stretch under which the contract is kept: a power of two, so that cadences nest.
 
     It rises at once, and falls only where half of it would cost half of what is allowed, so that it does not swing.
     """
-    ratio = meter.ratio()
-    if ratio is None or not meter.settled:
+    if meter.ratio() is None or not meter.settled:
         return stretch
-    needed = 1 << max(math.ceil(math.log2(max(ratio / max_overhead, 1.0))), 0)
-    if needed > stretch:
-        return needed
-    while stretch > 1 and ratio / (stretch // 2) <= max_overhead / 2:
+
+    def cost(stretch: int) -> float:
+        return meter.ratio(stretch, step) or 0.0
+
+    if cost(stretch) > max_overhead:
+        while cost(stretch) > max_overhead and stretch < MAX_STRETCH:
+            stretch *= 2
+        return stretch
+    while stretch > 1 and cost(stretch // 2) <= max_overhead / 2:
         stretch //= 2
     return stretch

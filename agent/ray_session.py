@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 
 from ..schemas import RecordKey, RunDescription, WirePartial
-from ..schemas.delivery import COORDINATOR, NAMESPACE, Durability, Fate, Opened, PushReply, check_reachable
+from ..schemas.delivery import COORDINATOR, NAMESPACE, Fate, Fates, Opened, PushReply, check_reachable
 
 CALL_SECONDS = 60.0
 
@@ -98,7 +98,7 @@ class RaySession:
         return self._calling(pushing)
 
     def fates(self, keys: list[RecordKey]) -> list[tuple[Fate, str]]:
-        """For each record, what became of it and the incarnation of the shard that says so."""
+        """For each record, what became of this rank's partial and the incarnation of the shard that says so."""
 
         def asking() -> list[tuple[Fate, str]]:
             by_owner: dict[str, list[int]] = {}
@@ -107,7 +107,8 @@ class RaySession:
             result: list[tuple[Fate, str]] = [("held", "")] * len(keys)
             for owner, indices in by_owner.items():
                 wanted = [tuple(keys[index]) for index in indices]
-                answer: Durability = ray.get(self._actors[owner].durable.remote(wanted), timeout=CALL_SECONDS)
+                asked = self._actors[owner].fates.remote(wanted, self._rank)
+                answer: Fates = ray.get(asked, timeout=CALL_SECONDS)
                 for index, fate in zip(indices, answer.fates, strict=True):
                     result[index] = (fate, answer.incarnation)
             return result

@@ -4,7 +4,7 @@ Nothing here looks at a clock or at another rank. What depends on time, the over
 factor that all ranks learn ahead of the step from which it holds.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -73,6 +73,10 @@ class Schedule:
             if dense > before:
                 return Point(dense, None)
         return None
+
+    def samples_as(self, other: "Schedule") -> bool:
+        """Whether the same steps are sampled; one contract stretches all schedules alike."""
+        return replace(self, max_overhead=None) == replace(other, max_overhead=None)
 
     def sampling_steps(self, stretch: int = 1) -> int:
         """Steps between two samples of one layer."""

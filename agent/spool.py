@@ -204,8 +204,13 @@ class Spool:
         except (pa.ArrowException, ValueError, OSError, IndexError, TypeError, AttributeError) as error:
             raise PartialRefused("malformed", f"spool file {number} is not readable: {error}") from error
 
-    def remove(self, number: int) -> None:
-        self._path(number).unlink(missing_ok=True)
+    def remove(self, number: int) -> bool:
+        """Whether it was still there."""
+        try:
+            self._path(number).unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def numbers(self) -> list[int]:
         """The stored partials, oldest first."""

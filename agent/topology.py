@@ -34,8 +34,9 @@ class Watch:
     schedule: Schedule = field(default_factory=Schedule)
 
     def __post_init__(self) -> None:
-        listed = isinstance(self.sites, Sequence) and not isinstance(self.sites, str)
-        if not listed or not self.sites or not all(one in SITES for one in self.sites):
+        sites = tuple(self.sites) if isinstance(self.sites, Iterable) and not isinstance(self.sites, str) else ()
+        object.__setattr__(self, "sites", sites or self.sites)
+        if not sites or not all(one in SITES for one in sites):
             raise ValueError(
                 f"sites={self.sites!r} must be a sequence of 'post', 'pre' or both, such as ('post', 'pre')"
             )
@@ -175,8 +176,22 @@ def announced(observed: Sequence[Observed]) -> list[tuple[Any, ...]]:
     ]  # fmt: skip
 
 
-def describe(same: dict[str, Any], launch_id: str, by_rank: Sequence[Sequence[tuple[Any, ...]]]) -> RunDescription:
+def deciding_rank(by_rank: Sequence[Sequence[tuple[Any, ...]]]) -> int:
+    """Who measures and proposes changes of cadence: the first rank with a place under contract, else with any."""
+    under_contract = [rank for rank, places in enumerate(by_rank) if any(one[-1].max_overhead for one in places)]
+    return min(under_contract or [rank for rank, places in enumerate(by_rank) if places])
+
+
+def describe(
+    same: dict[str, Any], launch_id: str, by_rank: Sequence[Sequence[tuple[Any, ...]]], chosen: Sequence[int] = ()
+) -> RunDescription:
     """The run, from what every rank announced: the same on every rank, and so are its errors.
+
+    Args:
+        same: what all ranks were told alike.
+        launch_id: of this start of the job.
+        by_rank: what each rank `announced`.
+        chosen: layers that were chosen by index on any rank.
 
     Raises:
         ValueError: nobody found anything, or ranks contradict each other.
@@ -199,9 +214,9 @@ def describe(same: dict[str, Any], launch_id: str, by_rank: Sequence[Sequence[tu
                     "must have loaded or broadcast their weights before attach()"
                 )
             seen.shares[min(share)] = share
-    missing = set(same["layers"]) - {layer for layer, _, _ in layers}
+    missing = set(chosen) - {layer for layer, _, _ in layers}
     if missing:
-        raise ValueError(f"layers={same['layers']}: no rank has layer {', '.join(map(str, sorted(missing)))}")
+        raise ValueError(f"layers={list(chosen)}: no rank has layer {', '.join(map(str, sorted(missing)))}")
     if not layers:
         raise ValueError("no rank found a layer to observe: pass layers=r'…(\\d+)…' matching the down-projections")
     return RunDescription(
@@ -217,7 +232,7 @@ def describe(same: dict[str, Any], launch_id: str, by_rank: Sequence[Sequence[tu
                 width=seen.width,
                 shares=tuple(seen.shares[first] for first in sorted(seen.shares)),
                 paired=all(
-                    (key[0], site, key[2]) in layers and layers[key[0], site, key[2]].schedule == seen.schedule
+                    (key[0], site, key[2]) in layers and layers[key[0], site, key[2]].schedule.samples_as(seen.schedule)
                     for site in SITES
                 ),
             )

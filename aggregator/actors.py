@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ..schemas.delivery import Durability, Opened, PushReply
+    from ..schemas.delivery import Fates, Opened, PushReply
     from .config import ShardLimits, SolverConfig
     from .snapshot import Launch, RunState, ShardSnapshot
 
@@ -55,8 +55,8 @@ class ShardActor:
     def push(self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any]) -> PushReply:
         return self._shard.push(header, mean, payload)
 
-    def durable(self, keys: list[tuple[Any, ...]]) -> Durability:
-        return self._shard.durable(keys)
+    def fates(self, keys: list[tuple[Any, ...]], rank: int) -> Fates:
+        return self._shard.fates(keys, rank)
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
         return self._shard.snapshot(ended)

@@ -18,6 +18,7 @@ import pyarrow.dataset as ds
 
 from ..schemas import RUNS, RunDescription, table_folder
 from ..schemas.delivery import Opened
+from .ownership import owners
 from .snapshot import Launch, RunState
 from .writer import StoreWriter
 
@@ -62,8 +63,7 @@ class Coordinator:
                 (one for one in self._launches.values() if one.run.launch_id == run.launch_id), None
             ) or self._open(run)
             launch.heard_at = time.monotonic()
-            owners = {layer.layer: self._shard_names[layer.layer % len(self._shard_names)] for layer in run.layers}
-            return Opened(launch.attempt, owners)
+            return Opened(launch.attempt, owners(run, self._shard_names))
 
     def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int]) -> bool:
         """A rank lives; `dropped` is what it has lost so far by reason. False if the launch must be opened again."""

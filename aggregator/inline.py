@@ -49,11 +49,11 @@ class InlineAggregator:
 
     def finish(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], timeout_seconds: float) -> int:
         """Writes everything and ends; returns how many partials are not durable."""
-        unfinished = self._shard.close(timeout_seconds)
+        undurable = self._shard.close(timeout_seconds) + self._shard.given_up
         self._coordinator.finish(run_id, attempt, rank, True, dropped)
         if self._endpoint is not None:
             self._endpoint.close()
-        return unfinished + self._shard.given_up
+        return undurable
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(time.time(), self._coordinator.running(), [self._shard.snapshot(self._coordinator.ended())])

@@ -36,7 +36,7 @@ from ..schemas import (
     partial_from_wire,
     table_folder,
 )
-from ..schemas.delivery import Durability, Fate, PushReply
+from ..schemas.delivery import Fate, Fates, PushReply
 from ..spectrum import covariance_of
 from .config import ShardLimits, SolverConfig
 from .judge import Judge
@@ -67,8 +67,8 @@ class Shard:
         self._open = OpenRecords(limits.deadline_seconds, limits.memory_bytes)
         self._durable: OrderedDict[RecordKey, int] = OrderedDict()
         """Ranks in each record that is done with: durable, or given up and counted as dropped."""
-        self._given_up: OrderedDict[RecordKey, int] = OrderedDict()
-        """Of these the ones whose last partials were dropped, and how many."""
+        self._given_up: OrderedDict[RecordKey, set[int]] = OrderedDict()
+        """Ranks whose partials were dropped after they had been merged."""
         self._judge = Judge()
         self._latest: dict[SeriesKey, LatestRecord] = {}
         self._received: Counter[str] = Counter()
@@ -110,15 +110,15 @@ class Shard:
             log.exception("partial refused")
             return self._refuse(header, type(error).__name__, str(error))
 
-    def durable(self, keys: list[tuple[Any, ...]]) -> Durability:
-        """What became of these records; one that was opened again for a late rank is held."""
+    def fates(self, keys: list[tuple[Any, ...]], rank: int) -> Fates:
+        """What became of a rank's partials of these records; one that was opened again for a late rank is held."""
         with self._changed:
-            return Durability(self.incarnation, [self._fate(RecordKey(*key)) for key in keys])
+            return Fates(self.incarnation, [self._fate(RecordKey(*key), rank) for key in keys])
 
-    def _fate(self, key: RecordKey) -> Fate:
+    def _fate(self, key: RecordKey, rank: int) -> Fate:
         if key in self._open or key not in self._durable:
             return "held"
-        return "dropped" if key in self._given_up else "durable"
+        return "dropped" if rank in self._given_up.get(key, ()) else "durable"
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
         """The state for the endpoint; launches that have ended are forgotten first."""
@@ -157,9 +157,9 @@ class Shard:
 
     @property
     def given_up(self) -> int:
-        """How many partials were in records that were given up, of late."""
+        """How many partials were dropped after they had been merged, of late."""
         with self._changed:
-            return sum(self._given_up.values())
+            return sum(map(len, self._given_up.values()))
 
     def _unfinished(self) -> int:
         return len(self._open)  # a record is open until it is durable
@@ -183,7 +183,7 @@ class Shard:
         layer = _announced(layers, partial)
         if self._durable.get(key) == len(layer.ranks):
             self._duplicated[key.run_id] += 1
-            if key in self._given_up:
+            if partial.rank in self._given_up.get(key, ()):
                 return PushReply("dropped", self.incarnation, None, f"the record {key} was given up, see the log")
             return PushReply("durable", self.incarnation)
         answer = self._open.turned_away(key, partial.rank, partial.width)
@@ -246,7 +246,8 @@ class Shard:
             ranks = len(closed.group.ranks)
             self._dropped[(closed.key.run_id, reason)] += ranks
             self._durable[closed.key] = max(ranks, self._durable.get(closed.key, 0))
-            self._given_up[closed.key] = ranks
+            self._given_up.setdefault(closed.key, set()).update(closed.group.ranks)
+            self._remember_no_more()
             self._open.settled(closed.key)
             self._ready(self._pairs.give_up(closed.key))
             self._changed.notify_all()
@@ -261,9 +262,10 @@ class Shard:
         """Whether the other site of this record's layer is to be solved, or may be: nothing of it has come yet."""
         sibling = sibling_of(key)
         layer = self._runs.get((key.run_id, key.attempt), {}).get((key.layer, key.site, key.expert))
-        if layer is None or not layer.paired:
+        if layer is None:
             return False
-        return self._open.unsolved(sibling) or (sibling not in self._open and sibling not in self._durable)
+        comes = layer.paired and sibling not in self._open and sibling not in self._durable
+        return comes or self._open.unsolved(sibling)
 
     def _solve(self, closed: ClosedRecord) -> None:
         key = closed.key
@@ -311,18 +313,21 @@ class Shard:
                 if not under_way:  # its launch has ended, and nothing would ever forget it again
                     continue
                 self._durable[one.key] = one.row["ranks_seen"]
-                self._given_up.pop(one.key, None)
+                self._given_up.pop(one.key, None)  # its group was kept, and the rest of a share came after all
                 latest = self._latest.get(one.key.series)
                 if latest is None or latest.step <= one.key.step:
                     self._latest[one.key.series] = LatestRecord(one.key.series, one.key.step, now, _gauges(one.row))
                 latency = max(now - one.row["captured_at"].timestamp(), 0.0)
                 self._latency_seconds = self._latency_seconds.observe(latency)
-            for remembered in (self._durable, self._given_up):
-                while len(remembered) > REMEMBERED_RECORDS:
-                    remembered.popitem(last=False)
+            self._remember_no_more()
             self._written[run_id] += len(batch)
             self._unwritten = [one for one in self._unwritten if one.key.run_id != run_id]
             self._changed.notify_all()
+
+    def _remember_no_more(self) -> None:
+        for remembered in (self._durable, self._given_up):
+            while len(remembered) > REMEMBERED_RECORDS:
+                remembered.popitem(last=False)
 
     def _counters(self, run: str) -> RunCounters:
         dropped = tuple((reason, n) for (owner, reason), n in sorted(self._dropped.items()) if owner == run)

@@ -42,12 +42,12 @@ class PushReply(NamedTuple):
     message: str | None = None
 
 
-class Durability(NamedTuple):
-    """A shard's answer to "what became of these records?"."""
+class Fates(NamedTuple):
+    """A shard's answer to "what became of this rank's partials of these records?"."""
 
     incarnation: str
     fates: list[Fate]
-    """held: not durable yet, or not known. dropped: it never will be."""
+    """held: not durable yet, or not known. dropped: merged, and then given up."""
 
 
 class Opened(NamedTuple):

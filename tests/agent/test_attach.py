@@ -92,6 +92,20 @@ def test_the_start_may_be_denser(tmp_path):
     assert found == keys([0, 1, 2, 4, 8, 10, 20])
 
 
+def test_steps_that_jump_are_sampled_once_a_point_has_passed(tmp_path):
+    """As where epochs of two steps are numbered 0, 1, 100, 101, 200, …"""
+    assert recorded(tmp_path, [0, 1, 100, 101, 200, 201, 300, 301], every=100) == keys([0, 101, 201, 301])
+
+
+def test_what_may_be_read_once_only_is_read_once(tmp_path):
+    watch = (Watch(layers=[layer], schedule=Schedule(every=1)) for layer in range(2))
+    declared = (Declared(layer=layer, width=8, site="pre") for layer in range(2))
+    with attached((one for one in [decoder()]), tmp_path, watch=watch, declared=declared) as agent:
+        assert {(one.layer, one.site) for one in agent.run.layers} == {
+            (0, "post"), (1, "post"), (0, "pre"), (1, "pre"),
+        }  # fmt: skip
+
+
 def test_a_restart_samples_its_first_step_and_then_the_multiples(tmp_path):
     assert recorded(tmp_path, range(5003, 5013), every=5) == keys([5003, 5005, 5010])
 
@@ -110,6 +124,8 @@ def test_a_restart_samples_its_first_step_and_then_the_multiples(tmp_path):
         ({"sites": "post"}, "sites='post' must be a sequence"),
         ({"sites": ("mid",)}, "must be a sequence of 'post', 'pre' or both"),
         ({"sites": ()}, "must be a sequence of 'post', 'pre' or both"),
+        ({"watch": 3}, "watch must be a sequence, got 3"),
+        ({"declared": "all"}, "declared must be a sequence, got 'all'"),
         ({"sites": None}, "must be a sequence of 'post', 'pre' or both"),
         ({"layers": []}, "must hold layer indices"),
         ({"layers": [True]}, "must hold layer indices"),

@@ -67,29 +67,62 @@ def test_what_one_rank_heard_too_late_holds_on_none_and_the_next_proposal_leaves
     assert {(one.stretch_at(6), one.stretch_at(7)) for one in (first, second, third)} == {(1, 8)}
 
 
-def test_a_rank_that_comes_to_the_step_before_the_verdict_waits_for_it():
-    first, second = cadences()
+@pytest.mark.parametrize("first_there", [0, 1])
+def test_a_rank_that_comes_to_the_step_before_all_have_consented_withdraws_the_change_for_all(first_there):
+    both = first, second = cadences()
     first.propose(0, 2, step_seconds=LEAD_SECONDS)
     first.exchange()
     second.exchange()
-    waits = threading.Thread(target=second.settle, args=(3,))
-    waits.start()
-    waits.join(0.2)
-    assert waits.is_alive()
-    first.settle(3)
-    waits.join(60)
-    assert not waits.is_alive()
+    both[first_there].settle(3)
+    first.exchange()  # finds the consent, and the verdict
+    both[1 - first_there].settle(3)
     assert (first.stretch_at(3), second.stretch_at(3)) == (1, 1)
 
 
-def test_nobody_waits_for_a_rank_that_has_ended():
+def test_a_rank_that_has_ended_keeps_nobody_waiting():
     first, second = cadences()
     first.propose(0, 2, step_seconds=LEAD_SECONDS)
     first.exchange()
     second.exchange()
-    first.close()
     second.settle(3)
     assert second.stretch_at(3) == 1
+
+
+def test_a_prediction_that_went_too_far_is_not_taken_back():
+    """Steps 90, 100, 103: the rank has begun what it took for step 110, and must not consent to a change at 108."""
+    first, second = cadences()
+    first.propose(100, 8, step_seconds=LEAD_SECONDS / 6)
+    assert first._proposal.change.from_step == 108
+    second.settle(110)
+    second.settle(106)
+    for one in (first, second, first, second):
+        one.exchange()
+    for one in (first, second):
+        one.settle(108)
+    assert (first.stretch_at(108), second.stretch_at(108)) == (1, 1)
+
+
+def test_a_store_that_hangs_holds_up_no_step_but_that_of_the_change():
+    first, _ = cadences()
+    first.propose(0, 8, step_seconds=LEAD_SECONDS / 100)
+    asked, goes_on = threading.Event(), threading.Event()
+    store = first._store
+
+    class Hanging:
+        def set(self, *arguments):
+            asked.set()
+            goes_on.wait(60)
+            store.set(*arguments)
+
+    first._store = Hanging()
+    outbox = threading.Thread(target=first.exchange)
+    outbox.start()
+    assert asked.wait(60)
+    for step in range(1, 50):
+        first.settle(step)
+    assert outbox.is_alive()
+    goes_on.set()
+    outbox.join(60)
 
 
 @pytest.mark.parametrize("decider", range(3))
@@ -106,10 +139,6 @@ def steps_of_three_ranks(draws: random.Random, decider: int) -> dict[int, int]:
 
     def step(rank: int) -> None:
         cadence, following = all_ranks[rank], at[rank] + 1
-        proposal = cadence._proposal
-        if rank != decider and proposal is not None and following >= proposal.change.from_step:
-            while not cadence._store.check([f"verdict/{proposal.number}"]):  # it would wait in `settle`
-                step(decider)
         cadence.settle(following)
         at[rank] = following
         assert seen.setdefault(following, cadence.stretch_at(following)) == cadence.stretch_at(following)

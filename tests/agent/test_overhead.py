@@ -1,6 +1,7 @@
 """The overhead contract: what is measured, and what follows for the cadence."""
 
 import pytest
+from eigenwatch.agent import Schedule
 from eigenwatch.agent.overhead import LEAST_SAMPLES, WARM_UP_STEPS, Meter, wanted_stretch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,11 +12,11 @@ def metered(
 ) -> Meter:
     meter = Meter(asynchronous=True)
     for _ in range(WARM_UP_STEPS):
-        meter.ended(1000.0, {every: 1000.0})
+        meter.ended(1000.0, {Schedule(every=every): 1000.0})
     for _ in range(plain):
         meter.ended(step, {})
     for _ in range(sampled):
-        meter.ended(step + stall, {every: stall if timed is None else timed})
+        meter.ended(step + stall, {Schedule(every=every): stall if timed is None else timed})
     return meter
 
 
@@ -27,9 +28,26 @@ def test_the_stall_is_spread_over_the_steps_between_samples():
 def test_the_stalls_of_several_cadences_add_up():
     meter = Meter()
     for step in range(1, 200):
-        stalls = {every: stall for every, stall in ((2, 0.01), (20, 0.4)) if step % every == 0}
+        stalls = {Schedule(every=every): stall for every, stall in ((2, 0.01), (20, 0.4)) if step % every == 0}
         meter.ended(0.5 + sum(stalls.values()), stalls)
     assert meter.ratio() == pytest.approx((0.01 / 2 + 0.4 / 20) / 0.5)
+
+
+def test_a_schedule_that_has_ended_costs_nothing_any_more():
+    meter, ends, goes_on = Meter(), Schedule(every=1, end=100), Schedule(every=100)
+    for _ in range(99):
+        meter.ended(0.5, {ends: 0.05})
+    meter.ended(0.5, {ends: 0.05, goes_on: 0.05})
+    assert meter.ratio(step=99) == pytest.approx(0.05 / 0.45 + 0.0005 / 0.45, rel=0.1)
+    assert meter.ratio(step=100) == pytest.approx(0.0005 / 0.45, rel=0.1)
+
+
+def test_steps_that_rise_by_more_than_one_are_fewer_between_samples():
+    meter = Meter()
+    for call in range(1, 100):
+        meter.ended(0.5, {Schedule(every=20): 0.1} if call % 2 == 0 else {}, stride=10)
+    assert meter.ratio() == pytest.approx(0.1 / (2 * 0.5))
+    assert meter.ratio(4) == pytest.approx(0.1 / (8 * 0.5))
 
 
 def test_work_after_our_calls_is_shared_out_over_the_cadences_as_what_was_timed():
@@ -45,7 +63,7 @@ def test_on_a_cpu_what_else_makes_a_sampled_step_long_is_not_counted():
     meter = Meter()
     for step in range(100):
         evaluates = step % 10 == 0
-        meter.ended(10.0 if evaluates else 0.5, {10: 0.001} if evaluates else {})
+        meter.ended(10.0 if evaluates else 0.5, {Schedule(every=10): 0.001} if evaluates else {})
     assert meter.stall_seconds == pytest.approx(0.001)
 
 

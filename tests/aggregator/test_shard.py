@@ -94,8 +94,8 @@ def stored(store: Path, table: str = "records", run_id: str = "run") -> list[dic
     return written.sort_by([("written_at", "ascending"), ("step", "ascending"), ("layer", "ascending")]).to_pylist()
 
 
-def fates(shard: Shard, *keys: RecordKey) -> list[str]:
-    return shard.durable([tuple(key) for key in keys or (KEY,)]).fates
+def fates(shard: Shard, *keys: RecordKey, rank: int = 0) -> list[str]:
+    return shard.fates([tuple(key) for key in keys or (KEY,)], rank).fates
 
 
 def durable(shard: Shard, *keys: RecordKey) -> list[bool]:
@@ -227,6 +227,8 @@ def test_a_rank_that_comes_late_to_a_restarted_shard_does_not_replace_what_more_
     assert push(second, partial(2)) == ["merged"]
     wait_until(lambda: second.snapshot([]).counters["run"].dropped, "the loss to be counted")
     assert second.snapshot([]).counters["run"].dropped == (("late", 1),)
+    assert [fates(second, rank=rank) for rank in range(3)] == [["durable"], ["durable"], ["dropped"]]
+    assert push(second, partial(2)) == ["duplicate"]
     second.close(FLUSH_SECONDS)
     assert stored(tmp_path) == [before]
 
