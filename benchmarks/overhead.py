@@ -5,6 +5,7 @@ aggregator is idle, so that the stall is what the training thread pays and not t
 What is done beside the training, forming the scatter, is timed by itself: on a CPU it takes the cores' time later.
 """
 
+import math
 import os
 import platform
 import statistics
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 TOKENS, MODEL_DIM, WIDTH, LAYERS = 4096, 512, 2048, 2
 ROUNDS = 7
+STALL_ROUNDS, EVERY = 13, 6
 QUIET_BLOCKS, QUIET_STEPS = 20, 30
 
 
@@ -64,9 +66,22 @@ def main() -> None:
 
 
 def quiet(store: str) -> list[tuple[str, list[float]]]:
-    """A step between samples over a step without an agent; the model is small, so that a fixed cost would show."""
+    """A step between samples over a step without an agent; the model is small, so that a fixed cost would show.
+
+    Two equal models differ by a percent for no reason but where they lie in memory. So each is observed in turn, and a
+    block of the one and a block of the other make one geometric mean, in which that is gone.
+    """
+    models = Model(128, 512, 4), Model(128, 512, 4)
+    whole, calls = zip(*(quiet_of(store, *pair) for pair in (models, models[::-1])), strict=True)
+    crossed = [math.sqrt(first * second) for first, second in zip(*whole, strict=True)]
+    return [
+        ("step between samples / step without an agent", crossed),
+        ("hooks and agent.step by themselves / step without an agent", [*calls[0], *calls[1]]),
+    ]
+
+
+def quiet_of(store: str, bare: Model, observed: Model) -> tuple[list[float], list[float]]:
     x, one_token = torch.randn(512, 128), torch.randn(1, 128)
-    bare, observed = Model(128, 512, 4), Model(128, 512, 4)
     bare_step, observed_step = stepper(bare, x), stepper(observed, x)
     whole, calls = [], []
     with attach(observed, run_id="quiet", every=1_000_000, store=store) as agent:
@@ -91,10 +106,7 @@ def quiet(store: str) -> list[tuple[str, list[float]]]:
             without_hooks, with_hooks = medians(10 * QUIET_STEPS, lambda: bare(one_token), lambda: observed(one_token))
             (ending,) = medians(10 * QUIET_STEPS, end_step)
             calls.append((with_hooks - without_hooks + ending) / bare_seconds)
-    return [
-        ("step between samples / step without an agent", whole),
-        ("hooks and agent.step by themselves / step without an agent", calls),
-    ]
+    return whole, calls
 
 
 def medians(rounds: int, *works: Callable[[], object]) -> list[float]:
@@ -114,17 +126,17 @@ def sampled(store: str) -> list[tuple[str, list[float]]]:
     kept: list[Tensor] = []
     activations = F.silu(torch.randn(TOKENS, WIDTH))
     over_product, over_inline, beside = [], [], []
-    with attach(model, run_id="sampled", every=2, store=store) as agent:
-        for round_ in range(ROUNDS):
+    with attach(model, run_id="sampled", every=EVERY, store=store) as agent:
+        for round_ in range(STALL_ROUNDS):
             times = []
-            for step in (2 * round_, 2 * round_ + 1):
+            for step in range(EVERY * round_, EVERY * round_ + EVERY):
                 started = time.perf_counter()
                 one_step()
                 agent.step(step)
                 times.append(time.perf_counter() - started)
-                if step % 2 == 0:
+                if step % EVERY == 0:
                     wait_for_record(agent, step)
-            stall = times[0] - times[1]
+            stall = times[0] - statistics.median(times[1:])
             product = timed(lambda: kept.append(activations.T @ activations)) * LAYERS
             kept.clear()
             inline = timed(lambda: kept.append(torch.linalg.eigvalsh(torch.cov(activations.T)))) * LAYERS
