@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import sys
 import time
 import urllib.request
 from datetime import datetime
@@ -188,9 +190,11 @@ def _show_next(console: Console, store: Path, run_id: str, picture: Path | None,
     if picture is not None:
         console.print(f"The paper's heatmaps: {os.path.relpath(picture)}", soft_wrap=True, highlight=False)
     console.print("\nNext:", highlight=False)
+    installed = os.path.relpath(Path(sys.executable).with_name("eigenwatch"))
+    command = "eigenwatch" if shutil.which("eigenwatch") else installed
     for line in (
-        f"eigenwatch query --store {shown} \"SELECT step, layer, hard_rank FROM records WHERE run_id = '{run_id}'\"",
-        f'eigenwatch query --store {shown} "SELECT * FROM runs"',
-        "eigenwatch demo" if collapse else "eigenwatch demo --collapse",
+        f"{command} query --store {shown} \"SELECT step, layer, hard_rank FROM records WHERE run_id = '{run_id}'\"",
+        f'{command} query --store {shown} "SELECT * FROM runs"',
+        f"{command} demo" if collapse else f"{command} demo --collapse",
     ):
         console.print(f"  {line}", soft_wrap=True, highlight=False, markup=False)
