@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import pyarrow.dataset as ds
-
-from ..schemas import RUNS, RunDescription, table_folder
+from ..schemas import RunDescription
 from ..schemas.delivery import Opened
 from .ownership import owners
 from .snapshot import Launch, RunState
+from .stored import stored_attempts
 from .writer import StoreWriter
 
 log = logging.getLogger("eigenwatch.aggregator")
@@ -134,13 +133,8 @@ class Coordinator:
 
     def _attempt_of(self, run: RunDescription) -> int:
         """The attempt that the store knows for this launch, else the next one of the run."""
-        folder = table_folder(self._writer.store, run.run_id, "runs")
-        if not folder.is_dir():
-            return 0
-        table = ds.dataset(folder, schema=RUNS, format="parquet").to_table(["attempt", "launch_id"])
-        attempts = dict(zip(table["launch_id"].to_pylist(), table["attempt"].to_pylist(), strict=True))
-        known: int = attempts.get(run.launch_id, max(attempts.values(), default=-1) + 1)
-        return known
+        attempts = stored_attempts(self._writer.store, run.run_id)
+        return attempts.get(run.launch_id, max(attempts.values(), default=-1) + 1)
 
     def _end(self, launch: _Launch, status: str) -> None:
         launch.status = status

@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
 from ..schemas import (
     DATA_QUALITY,
     METRIC_NAMES,
-    RECORDS,
     LayerDescription,
     Partial,
     PartialCovariance,
@@ -34,7 +32,6 @@ from ..schemas import (
     SeriesKey,
     WirePartial,
     partial_from_wire,
-    table_folder,
 )
 from ..schemas.delivery import Fate, Fates, PushReply
 from ..spectrum import covariance_of
@@ -45,6 +42,7 @@ from .site_pairs import SitePairs, sibling_of
 from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, Launch, RunCounters, ShardSnapshot
 from .solved_record import SolvedRecord, rows_by_table, solve_record
 from .solver import Solver
+from .stored import stored_records
 from .writer import StoreWriter
 
 log = logging.getLogger("eigenwatch.aggregator")
@@ -94,7 +92,7 @@ class Shard:
         with self._changed:
             if launch in self._runs:
                 return
-        stored = _stored_records(self._writer, run.run_id, attempt)
+        stored = stored_records(self._writer.store, run.run_id, attempt)
         with self._changed:
             for key, ranks_seen in stored.items():
                 self._durable[key] = max(ranks_seen, self._durable.get(key, 0))
@@ -385,20 +383,3 @@ def _announced(layers: dict[tuple[int, str, int | None], LayerDescription], part
 def _gauges(record: dict[str, Any]) -> dict[str, float]:
     names = (*METRIC_NAMES, *(metric.name for metric in DATA_QUALITY))
     return {name: float(record[name]) for name in names if record[name] is not None}
-
-
-def _stored_records(writer: StoreWriter, run_id: str, attempt: int) -> dict[RecordKey, int]:
-    """Ranks in each record of a launch that the store has, for a shard that restarted."""
-    folder = table_folder(writer.store, run_id, "records")
-    if attempt < 0 or not folder.is_dir():
-        return {}
-    columns = ["step", "layer", "site", "expert", "ranks_seen"]
-    table = ds.dataset(folder, schema=RECORDS, format="parquet").to_table(
-        columns, filter=ds.field("attempt") == attempt
-    )
-    stored: dict[RecordKey, int] = {}
-    for row in table.to_pylist():
-        ranks_seen = row.pop("ranks_seen")
-        key = RecordKey(run_id=run_id, attempt=attempt, **row)
-        stored[key] = max(ranks_seen, stored.get(key, 0))
-    return stored

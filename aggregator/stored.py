@@ -1,0 +1,35 @@
+"""What the store has of a run already, for a shard or coordinator that starts, or starts again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.dataset as ds
+
+from ..schemas import RECORDS, RUNS, RecordKey, table_folder
+
+
+def stored_records(store: Path, run_id: str, attempt: int) -> dict[RecordKey, int]:
+    """Ranks in each record of a launch that the store has."""
+    folder = table_folder(store, run_id, "records")
+    if attempt < 0 or not folder.is_dir():
+        return {}
+    columns = ["step", "layer", "site", "expert", "ranks_seen"]
+    table = ds.dataset(folder, schema=RECORDS, format="parquet").to_table(
+        columns, filter=ds.field("attempt") == attempt
+    )
+    stored: dict[RecordKey, int] = {}
+    for row in table.to_pylist():
+        ranks_seen = row.pop("ranks_seen")
+        key = RecordKey(run_id=run_id, attempt=attempt, **row)
+        stored[key] = max(ranks_seen, stored.get(key, 0))
+    return stored
+
+
+def stored_attempts(store: Path, run_id: str) -> dict[str, int]:
+    """The attempt of each launch of the run, by launch id."""
+    folder = table_folder(store, run_id, "runs")
+    if not folder.is_dir():
+        return {}
+    table = ds.dataset(folder, schema=RUNS, format="parquet").to_table(["attempt", "launch_id"])
+    return dict(zip(table["launch_id"].to_pylist(), table["attempt"].to_pylist(), strict=True))
