@@ -1,14 +1,22 @@
-"""A delivery: carries one spool to the aggregator, in small rounds, until the record of every partial is durable.
+"""A delivery: carries the spools of one launch on this host to the aggregator until every partial's record is durable.
 
-The courier calls it, for the spool of its own rank and for what dead jobs left.
+The node combiner: partials of one record that lie here together leave as one group. A sum cannot be taken apart again,
+so after every interruption the aggregator is first asked which ranks it holds. The courier calls it, for the ranks of
+its own launch and for what dead jobs left.
 """
+
+from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..schemas import PartialRefused, RecordKey, WirePartial
+from ..schemas.delivery import Fate, PushReply
+from .combine import Packet, combine
 from .ray_session import RaySession, SessionError
 from .spool import Spool
 
@@ -16,25 +24,68 @@ log = logging.getLogger("eigenwatch.courier")
 
 DURABILITY_SECONDS = 0.5
 HEARTBEAT_SECONDS = 2.0
+COMBINE_SECONDS = 2.0
+"""How long the first partial of a record waits for those of the host's other ranks."""
 BATCH = 8
-"""Partials in flight at once."""
+"""Records whose partials are in flight at once."""
+BATCH_BYTES = 1 << 29
+"""No record is added to a batch of more than this."""
+READ_AHEAD = 64
+"""Files of one spool that are mapped at once."""
+
+
+class File(NamedTuple):
+    """A partial in a spool."""
+
+    rank: int
+    number: int
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """What is to be pushed for one record."""
+
+    since: float
+    files: dict[int, File] = field(default_factory=dict)
+    """By rank."""
+    apart: bool = False
+    """The group was refused: each rank's partial is now judged alone."""
 
 
 class Delivery:
-    """What of a spool has been pushed, and to whom."""
+    """What of a launch's spools has been pushed."""
 
-    def __init__(self, spool: Spool, session: RaySession) -> None:
-        self.spool = spool
-        self.dropped: Counter[str] = Counter()
-        """Partials of the spool that can never be delivered, by reason."""
+    def __init__(self, session: RaySession) -> None:
+        self.stretch = 1
+        """How far the aggregator asks for the cadence to be stretched."""
         self._session = session
-        self._pushed: dict[int, tuple[RecordKey, str]] = {}
-        """File number → the record it belongs to and the incarnation that holds it."""
+        self._spools: dict[int, Spool] = {}
+        self._dropped: dict[int, Counter[str]] = defaultdict(Counter)
+        """Partials that can never be delivered, by rank and reason."""
+        self._mapped: dict[File, WirePartial] = {}
+        """What has been read and not been pushed."""
+        self._waiting: OrderedDict[RecordKey, _Waiting] = OrderedDict()
+        self._pushed: dict[File, RecordKey] = {}
+        self._doubtful: set[File] = set()
+        """Files that may have been pushed before the session was opened."""
         self._open = False
         self._next_poll = self._next_heartbeat = 0.0
 
-    def work(self, losses: dict[str, int]) -> bool:
-        """One round: pushes a batch, asks what is durable, says that the rank has lost `losses` so far.
+    def add(self, rank: int, spool: Spool) -> None:
+        """A rank's spool is delivered from now on."""
+        self._spools[rank] = spool
+        self._doubtful |= set(self._files(rank))
+
+    def undelivered(self, rank: int) -> int:
+        """Partials of a rank that are not known to be durable."""
+        return len(self._spools[rank].numbers())
+
+    def work(self, losses: Mapping[int, Mapping[str, int]], waits: bool) -> bool:
+        """One round: pushes a batch, asks what is durable, says that ranks live and what they have lost so far.
+
+        Args:
+            losses: of the ranks that live, by reason.
+            waits: whether more may come from the ranks that have nothing here yet.
 
         Returns:
             Whether another round would push more.
@@ -45,76 +96,191 @@ class Delivery:
         try:
             if not self._open:
                 self._session.open()
-                self._open, self._pushed = True, {}
-            more = self._push_batch()
+                self._begin()
+            more = self._push_batch(set(losses) if waits else set())
             now = time.monotonic()
             if self._pushed and now >= self._next_poll:
                 self._free()
                 self._next_poll = now + DURABILITY_SECONDS
-            if now >= self._next_heartbeat:
-                self._session.heartbeat(dict(self.dropped + Counter(losses)))
+            if losses and now >= self._next_heartbeat:
+                self._session.heartbeat({rank: self._losses(rank, of_rank) for rank, of_rank in losses.items()})
                 self._next_heartbeat = now + HEARTBEAT_SECONDS
         except SessionError:
             self._open = False
             raise
         return more
 
-    def finish(self, clean: bool, losses: dict[str, int], silent: Iterable[int] = ()) -> None:
-        """Says that the rank sends nothing more, and neither do the `silent` ranks.
+    def finish(self, clean: Mapping[int, bool], losses: Mapping[int, Mapping[str, int]]) -> None:
+        """Says that ranks send nothing more, each whether it closed (`clean`) or died, and lets their spools go.
 
         Raises:
             SessionError: it could not be said.
         """
-        self._session.finish(clean, dict(self.dropped + Counter(losses)), silent)
+        self._session.finish([(rank, it_is, self._losses(rank, losses.get(rank, {}))) for rank, it_is in clean.items()])
+        for rank in clean:
+            self.remove(rank)
 
-    def _push_batch(self) -> bool:
-        waiting = [number for number in self.spool.numbers() if number not in self._pushed]
-        batch = []
-        for number in waiting[:BATCH]:
-            try:
-                batch.append((number, self._read(number)))
-            except FileNotFoundError:  # the outbox dropped it to make room
-                continue
-            except PartialRefused as error:
-                self._drop(number, error.reason, str(error))
-        busy = False
-        for (number, wire), reply in zip(batch, self._session.push([wire for _, wire in batch]), strict=True):
-            if reply.status in ("merged", "duplicate"):
-                self._pushed[number] = (self._session.key(wire), reply.incarnation)
-            elif reply.status == "durable":
-                self.spool.remove(number)
-            elif reply.status in ("refused", "dropped"):
-                self._drop(number, None, reply.message)  # the shard has counted it
-            elif reply.status == "unknown_run":
-                raise SessionError("the aggregator restarted and does not know this run")
-            else:
-                busy = True
-        return len(waiting) > BATCH and not busy
+    def remove(self, rank: int) -> None:
+        """A rank's spool is delivered no longer."""
+        self._spools.pop(rank, None)
+        self._mapped = {file: wire for file, wire in self._mapped.items() if file.rank != rank}
+        self._pushed = {file: key for file, key in self._pushed.items() if file.rank != rank}
+        self._doubtful = {file for file in self._doubtful if file.rank != rank}
+        for key, waiting in list(self._waiting.items()):
+            waiting.files.pop(rank, None)
+            if not waiting.files:
+                del self._waiting[key]
 
-    def _read(self, number: int) -> WirePartial:
-        wire = self.spool.read(number)
+    def _losses(self, rank: int, others: Mapping[str, int]) -> dict[str, int]:
+        return dict(self._dropped[rank] + Counter(others))
+
+    def _begin(self) -> None:
+        """Nothing is known to be pushed: the attempt may be another, and so may be the shards."""
+        self._open = True
+        self._mapped.clear()
+        self._waiting.clear()
+        self._pushed.clear()
+        self._doubtful = {file for rank in self._spools for file in self._files(rank)}
+
+    def _files(self, rank: int) -> list[File]:
+        return [File(rank, number) for number in self._spools[rank].numbers()]
+
+    def _push_batch(self, alive: set[int]) -> bool:
+        unread = self._read_ahead()
+        ready = self._ready(alive)
+        if not ready:
+            return False
+        self._ask_about([file for key in ready for file in self._waiting[key].files.values() if file in self._doubtful])
+        packets = [
+            (key, packet) for key in ready if key in self._waiting for packet in self._packets(self._waiting[key])
+        ]
+        replies = self._session.push([packet.wire for _, packet in packets])
+        overlaps = [self._settle(key, packet, reply) for (key, packet), reply in zip(packets, replies, strict=True)]
+        self._ask_about([file for files in overlaps for file in files])
+        busy = any(reply.status == "busy" for reply in replies)
+        return not busy and (unread or bool(self._ready(alive)))
+
+    def _read_ahead(self) -> bool:
+        """Maps files that are not known yet, a bounded number; whether there are more."""
+        now = time.monotonic()
+        unread = False
+        for rank in self._spools:
+            mapped = {file for file in self._mapped if file.rank == rank}
+            for file in self._files(rank):
+                if file in mapped or file in self._pushed:
+                    continue
+                if len(mapped) >= READ_AHEAD:
+                    unread = True
+                    break
+                try:
+                    wire = self._read(file)
+                except FileNotFoundError:  # the outbox dropped it to make room
+                    continue
+                except PartialRefused as error:
+                    self._drop(file, error.reason, str(error))
+                    continue
+                waiting = self._waiting.setdefault(self._session.key(wire), _Waiting(now))
+                if waiting.files.setdefault(rank, file) == file:  # else it comes twice, and its turn with it
+                    self._mapped[file] = wire
+                    mapped.add(file)
+        return unread
+
+    def _read(self, file: File) -> WirePartial:
+        wire = self._spools[file.rank].read(file.number)
         layer = wire.header["layer"]
         if not self._session.knows(layer):
-            raise PartialRefused("unexpected", f"spool file {number} is of layer {layer}, which its run has not")
+            raise PartialRefused("unexpected", f"spool file {file.number} is of layer {layer}, which its run has not")
+        if wire.header["rank"] != file.rank:
+            raise PartialRefused("unexpected", f"spool file {file.number} of rank {file.rank} is of another rank")
         return wire
 
-    def _free(self) -> None:
-        """Removes what is durable, and what never will be."""
-        numbers = list(self._pushed)
-        answers = self._session.fates([self._pushed[number][0] for number in numbers])
-        for number, (fate, incarnation) in zip(numbers, answers, strict=True):
-            if fate == "durable":
-                self.spool.remove(number)
-                del self._pushed[number]
-            elif fate == "dropped":
-                key, _ = self._pushed.pop(number)
-                self._drop(number, None, f"layer {key.layer} of step {key.step} was given up, see the aggregator's log")
-            elif incarnation != self._pushed[number][1]:
-                del self._pushed[number]  # the shard that held it restarted: push again
+    def _ready(self, alive: set[int]) -> list[RecordKey]:
+        """Records to push now, the oldest first: every rank has come that may, or has been waited for long enough."""
+        now, ready, size = time.monotonic(), list[RecordKey](), 0
+        for key, waiting in self._waiting.items():
+            awaited = alive & self._session.ranks(key)
+            if awaited <= waiting.files.keys() or now >= waiting.since + COMBINE_SECONDS:
+                size += sum(self._mapped[file].payload.nbytes for file in waiting.files.values())
+                ready.append(key)
+            if len(ready) == BATCH or size >= BATCH_BYTES:
+                break
+        return ready
 
-    def _drop(self, number: int, reason: str | None, message: str | None) -> None:
+    def _packets(self, waiting: _Waiting) -> list[Packet]:
+        wires = [self._mapped[file] for file in waiting.files.values()]
+        if waiting.apart:
+            return [packet for wire in wires for packet in combine([wire])]
+        return combine(wires)
+
+    def _settle(self, key: RecordKey, packet: Packet, reply: PushReply) -> list[File]:
+        """Notes the answer to a packet; returns the files of which some are held already, and it is not known which."""
+        waiting = self._waiting[key]
+        files = [waiting.files[rank] for rank in packet.ranks]
+        if reply.status in ("merged", "duplicate"):
+            self._pushed |= dict.fromkeys(files, key)
+            self._done_with(key, files)
+        elif reply.status == "durable":
+            for file in files:
+                self._remove(file)
+            self._done_with(key, files)
+        elif reply.status == "overlap":
+            return files
+        elif reply.status in ("refused", "dropped") and len(files) > 1:
+            waiting.apart = True
+        elif reply.status in ("refused", "dropped"):
+            self._drop(files[0], None, reply.message)  # the shard has counted it
+            self._done_with(key, files)
+        elif reply.status == "unknown_run":
+            raise SessionError("the aggregator restarted and does not know this run")
+        return []
+
+    def _done_with(self, key: RecordKey, files: Iterable[File]) -> None:
+        waiting = self._waiting[key]
+        for file in files:
+            del waiting.files[file.rank]
+            del self._mapped[file]
+        if not waiting.files:
+            del self._waiting[key]
+
+    def _ask_about(self, files: list[File]) -> None:
+        """Of waiting files: does not push what the aggregator has already."""
+        if not files:
+            return
+        keys = {file: self._session.key(self._mapped[file]) for file in files}
+        for file, fate in self._fates(keys).items():
+            self._doubtful.discard(file)
+            if fate == "held":
+                self._pushed[file] = keys[file]
+            elif fate != "unknown":
+                self._end(file, keys[file], fate)
+            if fate != "unknown":
+                self._done_with(keys[file], [file])
+
+    def _free(self) -> None:
+        """Removes what is durable, and what never will be; what a shard has lost is pushed again."""
+        for file, fate in self._fates(self._pushed).items():
+            if fate != "held":
+                self._end(file, self._pushed.pop(file), fate)
+
+    def _fates(self, keys: Mapping[File, RecordKey]) -> dict[File, Fate]:
+        by_key: dict[RecordKey, list[File]] = defaultdict(list)
+        for file, key in keys.items():
+            by_key[key].append(file)
+        fates, self.stretch = self._session.fates({key: [one.rank for one in files] for key, files in by_key.items()})
+        return {file: fate for key, files in by_key.items() for file, fate in zip(files, fates[key], strict=True)}
+
+    def _end(self, file: File, key: RecordKey, fate: Fate) -> None:
+        if fate == "durable":
+            self._remove(file)
+        elif fate == "dropped":
+            self._drop(file, None, f"layer {key.layer} of step {key.step} was given up, see the aggregator's log")
+
+    def _remove(self, file: File) -> bool:
+        return self._spools[file.rank].remove(file.number)
+
+    def _drop(self, file: File, reason: str | None, message: str | None) -> None:
         log.warning("partial dropped: %s", message)
         if reason is not None:
-            self.dropped[reason] += 1
-        if self.spool.remove(number):  # else the outbox dropped it to make room, and counted it
-            self.spool.count_lost()
+            self._dropped[file.rank][reason] += 1
+        if self._remove(file):  # else the outbox dropped it to make room, and counted it
+            self._spools[file.rank].count_lost()

@@ -253,14 +253,18 @@ class Agent:
         self._step_ended_at = now
 
     def _hold_contract(self, step: int, stride: int) -> None:
+        """Stretches the cadence as far as the training, or the aggregator, needs it."""
         in_force, step_seconds = self._cadence.newest, self._meter.step_seconds
-        if self._max_overhead is None or step_seconds is None or self._cadence.is_open or step < in_force.from_step:
+        if step_seconds is None or self._cadence.is_open or step < in_force.from_step:
             return
-        wanted = wanted_stretch(self._meter, self._max_overhead, in_force.stretch, step)
+        wanted = self._outbox.stretch
+        if self._max_overhead is not None:
+            wanted = max(wanted, wanted_stretch(self._meter, self._max_overhead, in_force.stretch, step))
         if wanted != in_force.stretch:
             self._cadence.propose(step, wanted, step_seconds, stride)
-            log.info("cadences are to be stretched by %d, where sampling takes %.2g %% of the time", wanted,
-                     100 * (self._meter.ratio(wanted, step) or 0.0))  # fmt: skip
+            log.info("cadences are to be stretched by %d, where sampling takes %.2g %% of the time%s", wanted,
+                     100 * (self._meter.ratio(wanted, step) or 0.0),
+                     "; the aggregator asks for it" if wanted == self._outbox.stretch > 1 else "")  # fmt: skip
 
     def _open_gates(self, step: int, following: int) -> None:
         stretch = self._cadence.stretch_at(following)

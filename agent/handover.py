@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import subprocess
@@ -11,13 +10,13 @@ import sys
 import time
 from collections import Counter
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..schemas import Partial, RunDescription
 from ..schemas.ray_token import token_environment
 from .child_log import ChildLog
 from .embedded import EmbeddedAggregator
-from .spool import Spool
+from .spool import Spool, courier_lock
 
 log = logging.getLogger("eigenwatch.agent")
 
@@ -27,6 +26,8 @@ UNDELIVERED_SECONDS = 60.0
 """A partial that waits longer than this for its record is worth a warning."""
 HEALTHY_SECONDS = 60.0
 """A courier that ran this long is forgiven its earlier deaths."""
+GRACE_SECONDS = 3.0
+"""A host's first rank starts the courier; the others look after it only when it had time to."""
 KILL_SECONDS = 1.0
 """A killed courier is gone sooner, unless the kernel holds it."""
 
@@ -36,6 +37,8 @@ class Handover(Protocol):
 
     dropped: Counter[str]
     """Partials lost here, by reason."""
+    stretch: int
+    """How far the aggregator asks for the cadence to be stretched."""
 
     def send(self, partial: Partial) -> None: ...
 
@@ -47,18 +50,23 @@ class Handover(Protocol):
 
 
 class CourierHandover:
-    """Hands over through the spool, and keeps a courier running, on rank 0 the embedded aggregator too."""
+    """Hands over through the spool. Sees to it that a courier runs on this host, on rank 0 the embedded aggregator
+    too."""
 
     def __init__(self, spool: Spool, spool_bytes: int, embedded: EmbeddedAggregator | None = None) -> None:
         self.dropped: Counter[str] = Counter()
+        self.stretch = 1
         self._spool = spool
         self._spool_bytes = spool_bytes
         self._embedded = embedded
         self._logs = [ChildLog(spool.folder / name) for name in ("courier.log", "courier.err")]
         self._sent = 0
         self._warned = False
+        self._carried = courier_lock(spool.label().run)
         self._starts = 0
-        self._started_at = self._next_start = 0.0
+        self._started_at = 0.0
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._next_start = time.monotonic() + (0.0 if first else GRACE_SECONDS)
         self._courier: subprocess.Popen[bytes] | None = None
         self._supervise()
 
@@ -72,7 +80,6 @@ class CourierHandover:
                 log.warning("partials are being dropped: %s is not writable: %s", self._spool.folder, error)
             return
         self._sent += 1
-        self._tell({})
 
     def tick(self, dropped: dict[str, int]) -> None:
         self._supervise()
@@ -82,28 +89,20 @@ class CourierHandover:
         if waiting > UNDELIVERED_SECONDS and not self._warned:
             log.warning("partials wait for delivery since %.0f s; training goes on: %s", waiting, self._last_words())
         self._warned = waiting > UNDELIVERED_SECONDS
-        self._tell({"dropped": dropped})
+        self._spool.said.write({"dropped": dropped})
+        self.stretch = int(self._spool.told.read().get("stretch", self.stretch))
 
     def close(self, timeout_seconds: float, dropped: dict[str, int]) -> int:
         deadline = time.monotonic() + timeout_seconds
-        told: subprocess.Popen[bytes] | None = None
-        while (left := deadline - time.monotonic()) > 0:
-            if told is not None and told.poll() == 0:
-                break
+        self._spool.said.write({"dropped": dropped, "close_at": time.time() + max(timeout_seconds - 1.0, 0.0)})
+        finished = False
+        while not finished and time.monotonic() < deadline:
             self._supervise()
-            if self._courier is not told and self._courier is not None:
-                self._tell({"dropped": dropped, "close": max(left - 1.0, 0.0)})
-                told = self._courier
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if told is not None and told.poll() is None:
-                    told.wait(min(left, 0.5))
-                else:
-                    time.sleep(min(left, 0.1))
-        if self._courier is not None:
+            time.sleep(0.05)
+            finished = bool(self._spool.told.read().get("finished"))
+        if not finished and self._courier is not None:  # it does not listen: the host's other ranks start another
             self._courier.kill()
-            assert self._courier.stdin is not None
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                self._courier.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._courier.wait(KILL_SECONDS)
         waiting, lost = len(self._spool.numbers()), self._spool.lost()
         if lost:
@@ -134,18 +133,19 @@ class CourierHandover:
             self._embedded.supervise()
         now = time.monotonic()
         if self._courier is not None:
-            if self._courier.poll() is None:
+            status = self._courier.poll()
+            if status is None:
                 return
             if now - self._started_at > HEALTHY_SECONDS:
                 self._starts = 0
-            if self._next_start == 0.0:
-                wait = RESTART_SECONDS[min(self._starts, len(RESTART_SECONDS) - 1)]
+            wait = RESTART_SECONDS[min(self._starts, len(RESTART_SECONDS) - 1)]
+            if status != 0:
                 log.warning("courier ended (%s); starting another in %.0f s", self._last_words(), wait)
-                self._next_start = now + wait
-        if now < self._next_start:
+            self._courier, self._next_start = None, now + wait
+        if now < self._next_start or self._carried.held_elsewhere:
             return
         self._starts += 1
-        self._started_at, self._next_start = now, 0.0
+        self._started_at = now
         try:
             self._courier = self._start_courier()
         except OSError as error:  # no room for its log, no memory for a process
@@ -155,24 +155,14 @@ class CourierHandover:
 
     def _start_courier(self) -> subprocess.Popen[bytes]:
         with self._logs[0].open() as out, self._logs[1].open() as errors:
-            courier = subprocess.Popen(
-                [sys.executable, "-m", "eigenwatch.agent.courier", str(self._spool.folder), str(os.getpid())],
-                stdin=subprocess.PIPE,
+            return subprocess.Popen(
+                [sys.executable, "-m", "eigenwatch.agent.courier", str(self._spool.folder)],
+                stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=errors,
                 start_new_session=True,  # Ctrl-C reaches the rank, which closes; the courier then delivers the rest
                 env=_courier_environment(),
             )
-        assert courier.stdin is not None
-        os.set_blocking(courier.stdin.fileno(), False)
-        return courier
-
-    def _tell(self, message: dict[str, Any]) -> None:
-        if self._courier is None or self._courier.stdin is None:
-            return
-        # A stopped courier fills its pipe: then it learns nothing, and the outbox goes on.
-        with contextlib.suppress(OSError):
-            os.write(self._courier.stdin.fileno(), json.dumps(message).encode() + b"\n")
 
     def _last_words(self) -> str:
         lines = self._logs[0].lines() or self._logs[1].lines()  # Ray writes much into the second
@@ -184,6 +174,7 @@ class InlineHandover:
 
     def __init__(self, run: RunDescription, rank: int, store: str, metrics_port: int | None) -> None:
         self.dropped: Counter[str] = Counter()
+        self.stretch = 1
         (entry,) = entry_points(group="eigenwatch.aggregators", name="inline")
         self.aggregator = entry.load()(store=store, metrics_port=metrics_port)
         self.metrics_url: str | None = self.aggregator.metrics_url

@@ -33,11 +33,13 @@ ABANDONED_SECONDS = 7 * 86400.0
 class Leftovers:
     """At most one dead launch at a time, all its spools on this host together."""
 
-    def __init__(self, own: Spool, roots: Sequence[Path], session: Callable[[RunDescription, int], RaySession]) -> None:
-        self._own, self._label = own, own.label()
-        self._roots = roots
-        self._session = session
-        self._taken: list[tuple[Label, Delivery]] = []
+    def __init__(self, own: Label, roots: Sequence[Path], session: Callable[[RunDescription], RaySession]) -> None:
+        self._label, self._roots, self._session = own, roots, session
+        self._taken: dict[int, Spool] = {}
+        """By rank."""
+        self._run: RunDescription | None = None
+        """The launch that they are of."""
+        self._delivery: Delivery | None = None
         self._left_alone: set[str] = set()
         """Names of spools that this courier will not touch (again)."""
         self._next_work = 0.0
@@ -55,7 +57,7 @@ class Leftovers:
         }
         for label in sorted(earlier.values(), key=lambda one: one.created_at):
             try:
-                self._session(label.run, label.rank).open()
+                self._session(label.run).open()
             except SessionError as error:
                 log.warning("launch %s could not be announced: %s", label.run.launch_id, error)
 
@@ -64,16 +66,15 @@ class Leftovers:
         now = time.monotonic()
         if now < self._next_work:
             return False
-        if not self._taken:
+        if self._delivery is None:
             self._take()
-            if not self._taken:
+            if self._delivery is None:
                 self._bury_abandoned()
                 self._next_work = now + LOOK_SECONDS
                 return False
         more = False
         try:
-            rounds = [delivery.work({}) for _, delivery in self._taken]
-            more = any(rounds)
+            more = self._delivery.work({rank: {} for rank in self._taken}, waits=False)
             if not self._undelivered():
                 self._finish()
                 return False
@@ -82,20 +83,20 @@ class Leftovers:
             self._next_work = now + RETRY_SECONDS
         if (undelivered := self._undelivered()) < self._least:
             self._least, self._progress_at = undelivered, now
-            for _, delivery in self._taken:
-                delivery.spool.forget_takes()
+            for spool in self._taken.values():
+                spool.forget_takes()
         elif now - self._progress_at > STALLED_SECONDS:
             log.warning("%d partials of a dead job could not be delivered; a later job tries again", undelivered)
-            self._left_alone |= {delivery.spool.folder.name for _, delivery in self._taken}
+            self._left_alone |= {spool.folder.name for spool in self._taken.values()}
             self.release()
         return more
 
     def release(self) -> None:
         """Gives back what is not delivered yet, for another courier to take."""
-        for _, delivery in self._taken:
-            delivery.spool.forget_takes()
-            delivery.spool.unlock()
-        self._taken = []
+        for spool in self._taken.values():
+            spool.forget_takes()
+            spool.unlock()
+        self._taken, self._run, self._delivery = {}, None, None
 
     def _take(self) -> None:
         """Locks the spools of a launch none of whose ranks on this host lives."""
@@ -108,15 +109,18 @@ class Leftovers:
                 for spool, _ in spools:
                     spool.discard()
             elif len(locked) == len(spools) and all(self._may_take(spool) for spool, _ in spools):
-                self._taken = [
-                    (label, Delivery(spool, self._session(label.run, label.rank))) for spool, label in spools
-                ]
-                self._least, self._progress_at = self._undelivered(), time.monotonic()
-                run = spools[0][1].run
-                log.info("delivering %d partials that launch %s of %s left", self._least, run.launch_id, run.run_id)
+                self._begin({label.rank: spool for spool, label in spools}, spools[0][1].run)
                 return
             for spool, _ in locked:
                 spool.unlock()
+
+    def _begin(self, spools: dict[int, Spool], run: RunDescription) -> None:
+        self._taken, self._run = spools, run
+        self._delivery = Delivery(self._session(run))
+        for rank, spool in spools.items():
+            self._delivery.add(rank, spool)
+        self._least, self._progress_at = self._undelivered(), time.monotonic()
+        log.info("delivering %d partials that launch %s of %s left", self._least, run.launch_id, run.run_id)
 
     def _may_take(self, spool: Spool) -> bool:
         if spool.count_take() <= MAX_TAKES:
@@ -127,24 +131,25 @@ class Leftovers:
 
     def _finish(self) -> None:
         """Everything is durable: ends the launch, also for its ranks that left nothing, and removes the spools."""
-        silent = set(range(self._taken[0][0].run.world_size)) - {label.rank for label, _ in self._taken}
-        for _, delivery in self._taken:
-            delivery.finish(delivery.spool.closed, {}, silent)
-        for _, delivery in self._taken:
-            delivery.spool.discard()
-            delivery.spool.unlock()
-        self._taken = []
+        assert self._delivery is not None
+        assert self._run is not None
+        ranks = range(self._run.world_size)
+        self._delivery.finish({rank: rank not in self._taken or self._taken[rank].closed for rank in ranks}, {})
+        for spool in self._taken.values():
+            spool.discard()
+            spool.unlock()
+        self._taken, self._run, self._delivery = {}, None, None
 
     def _undelivered(self) -> int:
-        return sum(len(delivery.spool.numbers()) for _, delivery in self._taken)
+        return sum(len(spool.numbers()) for spool in self._taken.values())
 
     def _deliverable(self) -> Iterator[tuple[Spool, Label]]:
-        """Spools but our own, dead or alive, that belong to our aggregator and are not left alone."""
+        """Spools but our launch's, dead or alive, that belong to our aggregator and are not left alone."""
         for spool in spools_in(self._roots):
-            if spool.folder.name not in self._left_alone | {self._own.folder.name}:
+            if spool.folder.name not in self._left_alone:
                 with contextlib.suppress(ValueError):
                     label = spool.label()
-                    if self._is_for_us(label):
+                    if label.run.launch_id != self._label.run.launch_id and self._is_for_us(label):
                         yield spool, label
 
     def _is_for_us(self, other: Label) -> bool:
@@ -156,7 +161,10 @@ class Leftovers:
     def _bury_abandoned(self) -> None:
         """Removes what nobody delivered for very long; shared memory is the host's."""
         deliverable = {spool.folder.name for spool, _ in self._deliverable()}
+        own = f"{self._label.run.run_id}-{self._label.run.launch_id}-"
         for spool in spools_in(self._roots):
+            if spool.folder.name.startswith(own):
+                continue
             old = spool.idle_seconds() > ABANDONED_SECONDS and spool.folder.name not in deliverable
             if old and spool.lock(alone=True):
                 log.warning("%s is removed, its %d partials are lost", spool.folder, len(spool.numbers()))

@@ -143,6 +143,11 @@ class Outbox:
         """Partials lost so far in this rank, by reason."""
         return dict(self._dropped + self._handover.dropped)
 
+    @property
+    def stretch(self) -> int:
+        """How far the aggregator asks for the cadence to be stretched; 1 where it keeps up."""
+        return self._handover.stretch
+
     def close(self, timeout_seconds: float) -> int:
         """Waits until every record of this rank's partials is durable, at most `timeout_seconds`.
 

@@ -5,17 +5,19 @@ values and arrays, so no code of the aggregator is needed here. Ray Client (`ray
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
+from numpy.typing import NDArray
 
 from ..schemas import RecordKey, RunDescription, WirePartial
 from ..schemas.delivery import COORDINATOR, NAMESPACE, Fate, Fates, Opened, PushReply, check_reachable
 
 CALL_SECONDS = 60.0
+MESSAGE_BYTES = 256 << 20
 
 _T = TypeVar("_T")
 
@@ -25,13 +27,13 @@ class SessionError(Exception):
 
 
 class RaySession:
-    """One rank's session: opened again after every failure, so each method may raise SessionError."""
+    """A launch's session: opened again after every failure, so each method may raise SessionError."""
 
-    def __init__(self, address: str, run: RunDescription, rank: int) -> None:
+    def __init__(self, address: str, run: RunDescription) -> None:
         """`address` is host:port or auto, or the path of a file that says it anew whenever it changes."""
         self._address = address
         self._run = run
-        self._rank = rank
+        self._ranks = {(one.layer, one.site, one.expert): frozenset(one.ranks) for one in run.layers}
         self._attempt = 0
         self._owners: dict[int, str] = {}
         self._actors: dict[str, Any] = {}
@@ -77,6 +79,10 @@ class RaySession:
         """Whether the run has this layer."""
         return layer in self._owners
 
+    def ranks(self, key: RecordKey) -> frozenset[int]:
+        """The ranks that contribute to this record."""
+        return self._ranks.get((key.layer, key.site, key.expert), frozenset())
+
     def key(self, wire: WirePartial) -> RecordKey:
         """The record that a partial belongs to under this launch's attempt."""
         header = wire.header
@@ -92,41 +98,42 @@ class RaySession:
             for wire in wires:
                 owner = self._actors[self._owners[wire.header["layer"]]]
                 header = wire.header | {"attempt": self._attempt}
-                answers.append(owner.push.remote(header, wire.mean, wire.payload))
+                answers.append(owner.push.remote(header, wire.mean, _pieces(wire.payload)))
             return list(ray.get(answers, timeout=CALL_SECONDS))
 
         return self._calling(pushing)
 
-    def fates(self, keys: list[RecordKey]) -> list[tuple[Fate, str]]:
-        """For each record, what became of this rank's partial and the incarnation of the shard that says so."""
+    def fates(self, asked: dict[RecordKey, list[int]]) -> tuple[dict[RecordKey, list[Fate]], int]:
+        """What became of ranks' partials: for each record, for each rank asked about; and how far the cadence is to be
+        stretched for the slowest shard."""
 
-        def asking() -> list[tuple[Fate, str]]:
-            by_owner: dict[str, list[int]] = {}
-            for index, key in enumerate(keys):
-                by_owner.setdefault(self._owners[key.layer], []).append(index)
-            result: list[tuple[Fate, str]] = [("held", "")] * len(keys)
-            for owner, indices in by_owner.items():
-                wanted = [tuple(keys[index]) for index in indices]
-                asked = self._actors[owner].fates.remote(wanted, self._rank)
-                answer: Fates = ray.get(asked, timeout=CALL_SECONDS)
-                for index, fate in zip(indices, answer.fates, strict=True):
-                    result[index] = (fate, answer.incarnation)
-            return result
+        def asking() -> tuple[dict[RecordKey, list[Fate]], int]:
+            by_owner: dict[str, list[RecordKey]] = {}
+            for key in asked:
+                by_owner.setdefault(self._owners[key.layer], []).append(key)
+            answers = {
+                owner: self._actors[owner].fates.remote([(tuple(key), asked[key]) for key in keys])
+                for owner, keys in by_owner.items()
+            }
+            fates: dict[RecordKey, list[Fate]] = {}
+            stretch = 1
+            for owner, keys in by_owner.items():
+                answer: Fates = ray.get(answers[owner], timeout=CALL_SECONDS)
+                fates |= zip(keys, answer.fates, strict=True)
+                stretch = max(stretch, answer.stretch)
+            return fates, stretch
 
         return self._calling(asking)
 
-    def heartbeat(self, dropped: dict[str, int]) -> None:
-        """Says that the rank lives, and what it has lost so far by reason."""
-        if not self._tell([("heartbeat", self._rank, dropped)])[0]:
+    def heartbeat(self, dropped: dict[int, dict[str, int]]) -> None:
+        """Says which ranks live, and what each has lost so far by reason."""
+        known = self._tell([("heartbeat", rank, losses) for rank, losses in dropped.items()])
+        if not all(known):
             raise SessionError("the coordinator restarted and does not know this run")
 
-    def finish(self, clean: bool, dropped: dict[str, int], silent: Iterable[int] = ()) -> None:
-        """Says that the rank sends nothing more; `clean` if it closed, False if it died.
-
-        `silent` are other ranks of the launch that will never say so for themselves.
-        """
-        others: list[tuple[Any, ...]] = [("finish", rank, True, {}) for rank in silent]
-        self._tell([*others, ("finish", self._rank, clean, dropped)])
+    def finish(self, ranks: list[tuple[int, bool, dict[str, int]]]) -> None:
+        """Says that ranks send nothing more: whether each closed (True) or died, and what it lost by reason."""
+        self._tell([("finish", *one) for one in ranks])
 
     def close(self) -> None:
         ray.shutdown()
@@ -147,3 +154,11 @@ class RaySession:
         except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SessionError(f"aggregator at {self._address}: {first_line}") from error
+
+
+def _pieces(payload: NDArray[Any]) -> Any:
+    """A payload as it is sent: what is large goes as a list of objects, so that no message is larger than one."""
+    numbers = MESSAGE_BYTES // payload.itemsize
+    if payload.size <= numbers:
+        return payload
+    return [ray.put(payload[start : start + numbers]) for start in range(0, payload.size, numbers)]

@@ -5,24 +5,22 @@ survives the death of either process, and of Ray. Files are Arrow IPC, read by m
 lies in shared memory where there is room, so that handing over costs one copy and no disk; what no longer fits there
 goes to a folder of the same name in the temporary folder.
 
-    <root>/<run_id>-<launch_id>-<rank>/{run.json, lock, 000000000000.arrow, …}
+    <root>/<run_id>-<launch_id>-<rank>/{run.json, lock, said, told, 000000000000.arrow, …}
 
-Rank and courier hold the lock while they live; whoever gets it alone may deliver what they left. It is a POSIX record
-lock, which a forked DataLoader worker does not inherit: one that outlives its rank does not keep the spool from
-being delivered. Such a lock goes when its process closes any descriptor of the file, so a process opens it once.
+Rank and courier hold the lock while they live; whoever gets it alone may deliver what they left. What the rank has to
+say to the courier stands on the page `said`, and what the courier answers on `told`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +29,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..schemas import Partial, PartialRefused, RunDescription, WirePartial, partial_from_wire, payload_dtype
+from .page import Page
+from .record_lock import RecordLock
 
 _SCHEMA = pa.schema([("header", pa.large_string()), ("mean", pa.large_binary()), ("payload", pa.large_binary())])
 _SHARED_MEMORY = Path("/dev/shm")
@@ -61,6 +61,19 @@ def all_spool_roots() -> list[Path]:
     return [folder / f"eigenwatch-{os.getuid()}" for folder in (_SHARED_MEMORY, Path(tempfile.gettempdir()))]
 
 
+def courier_lock(run: RunDescription) -> RecordLock:
+    """Held by the one courier that carries for the ranks of this launch on this host."""
+    folders = all_spool_roots()
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if os.access(folder, os.W_OK):
+                break
+    else:
+        folder = folders[-1]
+    return RecordLock(folder / f".{run.run_id}-{run.launch_id}.courier")
+
+
 class Destination(NamedTuple):
     """The aggregator that a spool is for."""
 
@@ -87,7 +100,11 @@ class Spool:
     def __init__(self, *folders: Path) -> None:
         self._folders = folders
         """In the order in which they are filled; the first exists."""
-        self._lock: int | None = None
+        self._lock = RecordLock(self.folder / "lock")
+        self.said = Page(self.folder / "said")
+        """Of the rank: what it has lost, and until when it waits once it closes."""
+        self.told = Page(self.folder / "told")
+        """Of the courier: what the aggregator asks for, and that it is done with this spool."""
 
     @classmethod
     def create(cls, roots: Sequence[Path], run: RunDescription, rank: int, destination: Destination) -> Spool:
@@ -101,7 +118,7 @@ class Spool:
         folders = [str(folder) for folder in spool._folders]
         label = {"run": run.to_wire(), "rank": rank, "destination": destination, "created_at": time.time()}
         try:
-            _make_folder(spool.folder, json.dumps(label | {"folders": folders}), spool._take_lock)
+            spool._make(json.dumps(label | {"folders": folders}))
         except OSError:
             if len(roots) == 1:
                 raise
@@ -146,15 +163,17 @@ class Spool:
         Rank and courier hold it together; whoever delivers what they left holds it `alone`.
         """
         try:
-            self._take_lock(self.folder, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            return self._lock.take(alone)
         except OSError:
             return False
-        return True
+
+    @property
+    def rank_lives(self) -> bool:
+        """Whether another process holds the lock that the courier, who asks, shares."""
+        return not self._lock.only_ours()
 
     def unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def write(self, number: int, partial: Partial) -> None:
         """Stores a partial under `number`, in the first folder that has room; it appears whole or not at all.
@@ -165,7 +184,8 @@ class Spool:
         for folder in self._folders:
             try:
                 if folder != self.folder and not folder.is_dir():
-                    _make_folder(folder, (self.folder / "run.json").read_text())
+                    with _folder_in_the_making(folder, (self.folder / "run.json").read_text()) as new:
+                        new.rename(folder)
                 self._write(folder / f"{number:012d}.arrow", partial)
                 return
             except OSError:
@@ -282,17 +302,15 @@ class Spool:
         paths = [folder / f"{number:012d}.arrow" for folder in self._folders]
         return next((path for path in paths if path.exists()), paths[0])
 
-    def _take_lock(self, folder: Path, kind: int = fcntl.LOCK_SH) -> None:
-        assert self._lock is None
-        path = folder / "lock"
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.lockf(lock, kind | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(lock), path.stat()):
-                raise FileNotFoundError(path)  # it was discarded between opening and locking
-        except OSError:
-            os.close(lock)
-            raise
+    def _make(self, label: str) -> None:
+        with _folder_in_the_making(self.folder, label) as new:
+            for name in ("said", "told"):
+                Page(new / name).write({})  # its room is taken now
+            lock = RecordLock(new / "lock")
+            if not lock.take(alone=False):
+                raise OSError(f"{new} cannot be locked")
+            new.rename(self.folder)
+        lock.moved_to(self.folder / "lock")
         self._lock = lock
 
 
@@ -316,15 +334,15 @@ def _is_ours(folder: Path) -> bool:
     return ours and (folder / "lock").is_file()  # nothing that is not a spool is ever touched
 
 
-def _make_folder(folder: Path, label: str, lock: Callable[[Path], None] = lambda _: None) -> None:
-    """Makes a spool's folder, which appears labelled and locked or not at all."""
+@contextlib.contextmanager
+def _folder_in_the_making(folder: Path, label: str) -> Iterator[Path]:
+    """A spool's folder under another name, labelled, to be renamed: it appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     new = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))  # only its owner may look into it
     try:
         (new / "lock").touch(mode=0o600)
-        lock(new)
         (new / "run.json").write_text(label)
-        new.rename(folder)
+        yield new
     except OSError:
         shutil.rmtree(new, ignore_errors=True)
         raise

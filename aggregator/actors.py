@@ -6,11 +6,13 @@ is imported here before an actor is built: torch would cost each courier two sec
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from ray import ObjectRef
 
     from ..schemas.delivery import Fates, Opened, PushReply
     from .config import ShardLimits, SolverConfig
@@ -48,15 +50,24 @@ class ShardActor:
         from .shard import Shard
 
         self._shard = Shard(store, solver, limits)
+        self._assembling = threading.Lock()
 
     def open_run(self, run_wire: dict[str, Any], attempt: int) -> None:
         self._shard.open_run(run_wire, attempt)
 
-    def push(self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any]) -> PushReply:
-        return self._shard.push(header, mean, payload)
+    def push(
+        self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any] | list[ObjectRef[Any]]
+    ) -> PushReply:
+        if not isinstance(payload, list):
+            return self._shard.push(header, mean, payload)
+        import numpy
+        import ray
 
-    def fates(self, keys: list[tuple[Any, ...]], rank: int) -> Fates:
-        return self._shard.fates(keys, rank)
+        with self._assembling:  # one at a time, so that memory is bounded
+            return self._shard.push(header, mean, numpy.concatenate(ray.get(payload)))
+
+    def fates(self, asked: list[tuple[tuple[Any, ...], list[int]]]) -> Fates:
+        return self._shard.fates(asked)
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
         return self._shard.snapshot(ended)

@@ -7,17 +7,16 @@ happens to a rank that comes late. The shard guards it with its lock.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from ..schemas import SCATTER, PartialCovariance, RecordKey, packed_length
+from ..schemas import MIXED, SCATTER, PartialCovariance, PartialGroup, RecordKey, packed_length
 from ..spectrum import Group
 from .snapshot import Launch
 
-TurnedAway = Literal["duplicate", "busy"]
-
-MIXED = "mixed"
-"""The form of a record whose partials came in both."""
+TurnedAway = Literal["duplicate", "overlap", "busy"]
+Mergeable = PartialCovariance | PartialGroup
 
 
 class ClosedRecord(NamedTuple):
@@ -25,25 +24,30 @@ class ClosedRecord(NamedTuple):
 
     key: RecordKey
     group: Group
-    ranks_expected: int
+    ranks_expected: Sequence[int]
     captured_at: float
     form: str
     sampling_steps: int | None
     overhead_ratio: float | None
 
     @property
+    def missing(self) -> frozenset[int]:
+        return frozenset(self.ranks_expected) - self.group.ranks
+
+    @property
     def complete(self) -> bool:
-        return len(self.group.ranks) == self.ranks_expected
+        return not self.missing
 
 
 @dataclass(slots=True)
 class _Open:
     group: Group
-    ranks_expected: int
+    ranks_expected: Sequence[int]
     deadline: float
     waiting: bool = True
     """False between closing and the answer that the record is durable, when the group must not change."""
     solved: bool = False
+    closed_at: float = 0.0
     ranks: set[int] = field(default_factory=set)
     captured_at: float = 0.0
     forms: set[str] = field(default_factory=set)
@@ -52,11 +56,11 @@ class _Open:
 
     @property
     def complete(self) -> bool:
-        return len(self.ranks) == self.ranks_expected
+        return len(self.ranks) == len(self.ranks_expected)
 
-    def add(self, partial: PartialCovariance, form: str) -> None:
+    def add(self, partial: Mergeable, form: str) -> None:
         self.group.add_(partial)
-        self.ranks.add(partial.rank)
+        self.ranks |= partial.ranks
         self.captured_at = max(self.captured_at, partial.captured_at)
         if partial.tokens:  # none look the same in either form
             self.forms.add(form)
@@ -99,32 +103,45 @@ class OpenRecords:
         entry = self._open.get(key)
         return entry is not None and not entry.solved
 
-    def turned_away(self, key: RecordKey, rank: int, width: int) -> TurnedAway | None:
-        """The answer to a partial that cannot be merged now; None where `merge` would take it."""
-        entry = self._open.get(key)
-        if entry is not None:
-            return "duplicate" if rank in entry.ranks else None if entry.waiting else "busy"
-        if key in self._late:
-            return "duplicate" if rank in self._late[key].ranks else None
-        held = self._bytes - sum(late.group.nbytes for late in self._late.values())  # those give way
-        return "busy" if held and held + _group_bytes(width) > self._memory_bytes else None
+    def ranks(self, key: RecordKey) -> Set[int] | None:
+        """Ranks that are merged into this record, while its group is kept; None where it is not."""
+        entry = self._open.get(key) or self._late.get(key)
+        return None if entry is None else entry.ranks
+
+    def behind_seconds(self, run_id: str, now: float) -> float:
+        """How long the oldest closed record of a run has waited to be solved; 0 where none waits."""
+        waiting = (
+            entry.closed_at for key, entry in self._open.items()
+            if key.run_id == run_id and not entry.waiting and not entry.solved
+        )  # fmt: skip
+        return now - min(waiting, default=now)
+
+    def turned_away(self, key: RecordKey, ranks: Set[int], width: int) -> TurnedAway | None:
+        """The answer to what cannot be merged now; None where `merge` would take it."""
+        held = self.ranks(key)
+        if held is not None:
+            if ranks & held:
+                return "duplicate" if ranks <= held else "overlap"
+            return "busy" if key in self._open and not self._open[key].waiting else None
+        busy = self._bytes - sum(late.group.nbytes for late in self._late.values())  # those give way
+        return "busy" if busy and busy + _group_bytes(width) > self._memory_bytes else None
 
     def merge(
-        self, partial: PartialCovariance, ranks_expected: int, now: float, form: str = SCATTER
+        self, partial: Mergeable, ranks_expected: Sequence[int], now: float, form: str = SCATTER
     ) -> TurnedAway | Literal["merged"]:
-        """Adds a partial to its group; the same rank twice counts once.
+        """Adds a partial, or a group of them, to its group; the same rank twice counts once.
 
         Args:
             partial: what came, as a scatter.
-            ranks_expected: how many ranks make the record complete.
+            ranks_expected: the ranks that make the record complete.
             now: on any clock, the same for all calls.
-            form: in which the partial came.
+            form: in which it came.
 
         Raises:
             ValueError: it contradicts another block of its share.
         """
         key = partial.key
-        answer = self.turned_away(key, partial.rank, partial.width)
+        answer = self.turned_away(key, partial.ranks, partial.width)
         if answer is not None:
             return answer
         entry = self._open.get(key) or self._late.get(key)
@@ -147,7 +164,7 @@ class OpenRecords:
             if entry.waiting and (everything or entry.complete or now >= entry.deadline)
         ]
         for _, entry in due:
-            entry.waiting = False
+            entry.waiting, entry.closed_at = False, now
         return sorted((entry.closed(key) for key, entry in due), key=lambda one: (one.key.step, one.key.layer))
 
     def solved(self, key: RecordKey) -> None:

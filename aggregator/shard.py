@@ -22,22 +22,23 @@ from numpy.typing import NDArray
 from ..schemas import (
     DATA_QUALITY,
     METRIC_NAMES,
+    Arrived,
     LayerDescription,
-    Partial,
-    PartialCovariance,
+    PartialGroup,
     PartialRefused,
     PartialSamples,
     RecordKey,
     RunDescription,
     SeriesKey,
     WirePartial,
-    partial_from_wire,
+    arrived_from_wire,
 )
 from ..schemas.delivery import Fate, Fates, PushReply
 from ..spectrum import covariance_of
 from .config import ShardLimits, SolverConfig
 from .judge import Judge
-from .open_records import ClosedRecord, OpenRecords
+from .open_records import ClosedRecord, Mergeable, OpenRecords
+from .pressure import Pressure
 from .site_pairs import SitePairs, sibling_of
 from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, Launch, RunCounters, ShardSnapshot
 from .solved_record import SolvedRecord, rows_by_table, solve_record
@@ -63,11 +64,12 @@ class Shard:
         self._solver = Solver(solver)
         self._runs: dict[Launch, dict[tuple[int, str, int | None], LayerDescription]] = {}
         self._open = OpenRecords(limits.deadline_seconds, limits.memory_bytes)
-        self._durable: OrderedDict[RecordKey, int] = OrderedDict()
-        """Ranks in each record that is done with: durable, or given up and counted as dropped."""
+        self._durable: OrderedDict[RecordKey, frozenset[int]] = OrderedDict()
+        """Ranks that each record lacks that is done with: durable, or given up and counted as dropped."""
         self._given_up: OrderedDict[RecordKey, set[int]] = OrderedDict()
         """Ranks whose partials were dropped after they had been merged."""
         self._judge = Judge()
+        self._pressure = Pressure()
         self._latest: dict[SeriesKey, LatestRecord] = {}
         self._received: Counter[str] = Counter()
         self._duplicated: Counter[str] = Counter()
@@ -94,29 +96,36 @@ class Shard:
                 return
         stored = stored_records(self._writer.store, run.run_id, attempt)
         with self._changed:
-            for key, ranks_seen in stored.items():
-                self._durable[key] = max(ranks_seen, self._durable.get(key, 0))
+            for key, missing in stored.items():
+                self._durable.setdefault(key, missing)
             self._runs[launch] = {(layer.layer, layer.site, layer.expert): layer for layer in run.layers}
 
     def push(self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any]) -> PushReply:
         """Merges one partial, given in its wire form."""
         try:
-            return self._take(partial_from_wire(WirePartial(header, mean, payload)))
+            return self._take(arrived_from_wire(WirePartial(header, mean, payload)))
         except PartialRefused as refused:
             return self._refuse(header, refused.reason, str(refused))
         except Exception as error:
             log.exception("partial refused")
             return self._refuse(header, type(error).__name__, str(error))
 
-    def fates(self, keys: list[tuple[Any, ...]], rank: int) -> Fates:
-        """What became of a rank's partials of these records; one that was opened again for a late rank is held."""
+    def fates(self, asked: list[tuple[tuple[Any, ...], list[int]]]) -> Fates:
+        """What became of ranks' partials: for each record's key, the ranks that are asked about."""
         with self._changed:
-            return Fates(self.incarnation, [self._fate(RecordKey(*key), rank) for key in keys])
+            records = [(RecordKey(*key), ranks) for key, ranks in asked]
+            now = time.monotonic()
+            stretch = max((self._pressure.stretch(run, self._open.behind_seconds(run, now), now)
+                           for run in {key.run_id for key, _ in records}), default=1)  # fmt: skip
+            return Fates([[self._fate(key, rank) for rank in ranks] for key, ranks in records], stretch)
 
     def _fate(self, key: RecordKey, rank: int) -> Fate:
-        if key in self._open or key not in self._durable:
-            return "held"
-        return "dropped" if rank in self._given_up.get(key, ()) else "durable"
+        if key in self._open:
+            return "held" if rank in (self._open.ranks(key) or ()) else "unknown"
+        if rank in self._given_up.get(key, ()):
+            return "dropped"
+        missing = self._durable.get(key)
+        return "unknown" if missing is None or rank in missing else "durable"
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
         """The state for the endpoint; launches that have ended are forgotten first."""
@@ -162,44 +171,45 @@ class Shard:
     def _unfinished(self) -> int:
         return len(self._open)  # a record is open until it is durable
 
-    def _take(self, partial: Partial) -> PushReply:
+    def _take(self, arrived: Arrived) -> PushReply:
         with self._changed:
-            turned_away = self._turned_away(partial)
+            turned_away = self._turned_away(arrived)
         if turned_away is not None:
             return turned_away
         # The scatter of rows is a product of matrices: pushes of other ranks go on meanwhile.
-        covariance = covariance_of(partial) if isinstance(partial, PartialSamples) else partial
+        mergeable = covariance_of(arrived) if isinstance(arrived, PartialSamples) else arrived
+        form = arrived.forms if isinstance(arrived, PartialGroup) else arrived.form
         with self._changed:
-            return self._turned_away(partial) or self._merge(covariance, partial.form)
+            return self._turned_away(arrived) or self._merge(mergeable, form)
 
-    def _turned_away(self, partial: Partial) -> PushReply | None:
-        """The answer to a partial that is not to be merged; None for one that is."""
-        key = partial.key
+    def _turned_away(self, arrived: Arrived) -> PushReply | None:
+        """The answer to what is not to be merged; None for what is."""
+        key = arrived.key
         layers = self._runs.get((key.run_id, key.attempt))
         if layers is None:
-            return PushReply("unknown_run", self.incarnation)
-        layer = _announced(layers, partial)
-        if self._durable.get(key) == len(layer.ranks):
-            self._duplicated[key.run_id] += 1
-            if partial.rank in self._given_up.get(key, ()):
-                return PushReply("dropped", self.incarnation, None, f"the record {key} was given up, see the log")
-            return PushReply("durable", self.incarnation)
-        answer = self._open.turned_away(key, partial.rank, partial.width)
+            return PushReply("unknown_run")
+        _announced(layers, arrived)
+        if arrived.ranks.isdisjoint(self._durable.get(key, arrived.ranks)):
+            self._duplicated[key.run_id] += len(arrived.ranks)
+            if arrived.ranks & self._given_up.get(key, set()):
+                return PushReply("dropped", None, f"the record {key} was given up, see the log")
+            return PushReply("durable")
+        answer = self._open.turned_away(key, arrived.ranks, arrived.width)
         if answer == "duplicate":
-            self._duplicated[key.run_id] += 1
-        return None if answer is None else PushReply(answer, self.incarnation)
+            self._duplicated[key.run_id] += len(arrived.ranks)
+        return None if answer is None else PushReply(answer)
 
-    def _merge(self, partial: PartialCovariance, form: str) -> PushReply:
-        key = partial.key
+    def _merge(self, arrived: Mergeable, form: str) -> PushReply:
+        key = arrived.key
         layer = self._runs[(key.run_id, key.attempt)][(key.layer, key.site, key.expert)]
         try:
-            merged = self._open.merge(partial, len(layer.ranks), time.monotonic(), form)
+            merged = self._open.merge(arrived, layer.ranks, time.monotonic(), form)
         except ValueError as error:
             raise PartialRefused("contradiction", str(error)) from None
         assert merged == "merged", "what is turned away was turned away before"
-        self._received[key.run_id] += 1
+        self._received[key.run_id] += len(arrived.ranks)
         self._changed.notify_all()
-        return PushReply(merged, self.incarnation)
+        return PushReply(merged)
 
     def _work(self) -> None:
         while True:
@@ -225,7 +235,7 @@ class Shard:
         with self._changed:
             known = any(run == run_id for run, _ in self._runs)
             self._dropped[(str(run_id) if known else "unknown", reason)] += 1
-        return PushReply("refused", self.incarnation, reason, message)
+        return PushReply("refused", reason, message)
 
     def _write_due(self) -> bool:
         """A flush writes at once, but not again and again into a store that has just refused."""
@@ -243,7 +253,7 @@ class Shard:
         with self._changed:
             ranks = len(closed.group.ranks)
             self._dropped[(closed.key.run_id, reason)] += ranks
-            self._durable[closed.key] = max(ranks, self._durable.get(closed.key, 0))
+            self._durable.setdefault(closed.key, closed.missing)
             self._given_up.setdefault(closed.key, set()).update(closed.group.ranks)
             self._remember_no_more()
             self._open.settled(closed.key)
@@ -267,7 +277,8 @@ class Shard:
 
     def _solve(self, closed: ClosedRecord) -> None:
         key = closed.key
-        if len(closed.group.ranks) <= self._durable.get(key, 0):
+        stored = self._durable.get(key)
+        if stored is not None and len(closed.missing) >= len(stored):
             # Only a late rank, after its record's group was given up: the stored record knows more.
             self._drop(closed, "late")
             return
@@ -310,7 +321,7 @@ class Shard:
                 self._open.settled(one.key, keep=under_way)
                 if not under_way:  # its launch has ended, and nothing would ever forget it again
                     continue
-                self._durable[one.key] = one.row["ranks_seen"]
+                self._durable[one.key] = frozenset(one.row["ranks_missing"] or ())
                 self._given_up.pop(one.key, None)  # its group was kept, and the rest of a share came after all
                 latest = self._latest.get(one.key.series)
                 if latest is None or latest.step <= one.key.step:
@@ -351,31 +362,36 @@ class Shard:
         self._open.forget(gone)
 
 
-def _announced(layers: dict[tuple[int, str, int | None], LayerDescription], partial: Partial) -> LayerDescription:
-    """The layer of a partial, as its run announced it.
+def _announced(layers: dict[tuple[int, str, int | None], LayerDescription], arrived: Arrived) -> LayerDescription:
+    """The layer of what arrived, as its run announced it.
 
     Raises:
         PartialRefused: "unexpected" or "width", where the run announced something else.
     """
-    key = partial.key
+    key = arrived.key
     layer = layers.get((key.layer, key.site, key.expert))
-    block = None if layer is None else layer.block_of(partial.rank)
-    if layer is None or block is None:
+    if layer is None or not arrived.ranks <= set(layer.ranks):
         expert = "" if key.expert is None else f", expert {key.expert}"
+        ranks = ", ".join(map(str, sorted(arrived.ranks)))
         raise PartialRefused(
             "unexpected",
-            f"run {key.run_id} announced no layer {key.layer} ({key.site}{expert}) on rank {partial.rank}",
+            f"run {key.run_id} announced no layer {key.layer} ({key.site}{expert}) on rank {ranks}",
         )
-    if partial.width != layer.width:
+    if arrived.width != layer.width:
         raise PartialRefused(
             "width",
-            f"layer {key.layer} of run {key.run_id} has width {layer.width}, got {partial.width}",
+            f"layer {key.layer} of run {key.run_id} has width {layer.width}, got {arrived.width}",
         )
-    if (partial.share, partial.rows) != block:
+    if isinstance(arrived, PartialGroup):
+        announced = {tuple(sorted(share)) for share in layer.shares}
+        if not {part.ranks for part in arrived.parts} <= announced:
+            raise PartialRefused("unexpected", f"layer {key.layer} of run {key.run_id} has other shares than the group")
+    elif (arrived.share, arrived.rows) != (block := layer.block_of(arrived.rank)):
+        assert block is not None, "its rank is one of the layer's"
         raise PartialRefused(
             "unexpected",
-            f"rank {partial.rank} of run {key.run_id} holds rows {block.rows} of share {block.share} of layer "
-            f"{key.layer}, got rows {partial.rows} of share {partial.share}",
+            f"rank {arrived.rank} of run {key.run_id} holds rows {block.rows} of share {block.share} of layer "
+            f"{key.layer}, got rows {arrived.rows} of share {arrived.share}",
         )
     return layer
 

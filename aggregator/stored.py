@@ -9,20 +9,20 @@ import pyarrow.dataset as ds
 from ..schemas import RECORDS, RUNS, RecordKey, table_folder
 
 
-def stored_records(store: Path, run_id: str, attempt: int) -> dict[RecordKey, int]:
-    """Ranks in each record of a launch that the store has."""
+def stored_records(store: Path, run_id: str, attempt: int) -> dict[RecordKey, frozenset[int]]:
+    """The records of a launch that the store has, and which ranks each lacks."""
     folder = table_folder(store, run_id, "records")
     if attempt < 0 or not folder.is_dir():
         return {}
-    columns = ["step", "layer", "site", "expert", "ranks_seen"]
+    columns = ["step", "layer", "site", "expert", "ranks_missing"]
     table = ds.dataset(folder, schema=RECORDS, format="parquet").to_table(
         columns, filter=ds.field("attempt") == attempt
     )
-    stored: dict[RecordKey, int] = {}
+    stored: dict[RecordKey, frozenset[int]] = {}
     for row in table.to_pylist():
-        ranks_seen = row.pop("ranks_seen")
+        missing = frozenset(row.pop("ranks_missing") or ())
         key = RecordKey(run_id=run_id, attempt=attempt, **row)
-        stored[key] = max(ranks_seen, stored.get(key, 0))
+        stored[key] = min(missing, stored.get(key, missing), key=len)
     return stored
 
 

@@ -3,9 +3,11 @@
 The agent and the aggregator meet here and nowhere else.
 """
 
+from .forms import GROUP, MIXED, SAMPLES, SCATTER
+from .group import Part, PartialGroup
 from .keys import RUN_ID_PATTERN, SITES, RecordKey, SeriesKey, check_run_id
 from .metrics import DATA_QUALITY, METRIC_NAMES, METRICS, Metric
-from .partial import SAMPLES, SCATTER, Partial, PartialCovariance, PartialSamples, partial_from_wire
+from .partial import Arrived, Partial, PartialCovariance, PartialSamples, arrived_from_wire, partial_from_wire
 from .run import Block, LayerDescription, RunDescription
 from .tables import (
     ALERTS,
@@ -27,8 +29,10 @@ __all__ = [
     "COLLAPSE",
     "DATA_QUALITY",
     "EIGENVALUES",
+    "GROUP",
     "METRICS",
     "METRIC_NAMES",
+    "MIXED",
     "RECORDS",
     "ROWS_DTYPES",
     "RUNS",
@@ -42,13 +46,16 @@ __all__ = [
     "TABLES",
     "TILE_ROWS",
     "WIRE_VERSION",
+    "Arrived",
     "Block",
     "CollapseThresholds",
     "LayerDescription",
     "Metric",
     "Origin",
+    "Part",
     "Partial",
     "PartialCovariance",
+    "PartialGroup",
     "PartialRefused",
     "PartialSamples",
     "RecordKey",
@@ -56,6 +63,7 @@ __all__ = [
     "SeriesKey",
     "Tile",
     "WirePartial",
+    "arrived_from_wire",
     "check_run_id",
     "default_store",
     "packed_length",

@@ -7,8 +7,10 @@ NAMESPACE = "eigenwatch"
 COORDINATOR = "coordinator"
 """Name of the coordinator actor in `NAMESPACE`."""
 
-PushStatus = Literal["merged", "duplicate", "durable", "dropped", "busy", "unknown_run", "refused"]
-Fate = Literal["held", "durable", "dropped"]
+PushStatus = Literal["merged", "duplicate", "overlap", "durable", "dropped", "busy", "unknown_run", "refused"]
+Fate = Literal["unknown", "held", "durable", "dropped"]
+"""Of one rank's partial: unknown to the shard, and so to be pushed (again); merged; in a durable record, or in one that
+never will be."""
 
 
 def check_reachable(address: str, timeout_seconds: float = 5.0) -> None:
@@ -27,27 +29,27 @@ def check_reachable(address: str, timeout_seconds: float = 5.0) -> None:
 
 
 class PushReply(NamedTuple):
-    """A shard's answer to one partial.
+    """A shard's answer to one partial, or to a group of them.
 
-    merged, duplicate: the shard holds it; keep it until its record is durable. durable: its record already is. dropped:
-    its record was given up, as the shard has counted. busy: push again later. unknown_run: announce the run, then push
-    again. refused: never push it again.
+    merged, duplicate: the shard holds it; keep it until its record is durable. overlap: it holds some ranks of the
+    group, and has merged none; ask which, and push the others. durable: its record already is. dropped: its record was
+    given up, as the shard has counted. busy: push again later. unknown_run: announce the run, then push again. refused:
+    never push it again.
     """
 
     status: PushStatus
-    incarnation: str
-    """Changes when the shard restarts: what was pushed to another incarnation and is not durable is pushed again."""
     reason: str | None = None
     """Label under which a refusal is counted."""
     message: str | None = None
 
 
 class Fates(NamedTuple):
-    """A shard's answer to "what became of this rank's partials of these records?"."""
+    """A shard's answer to "what became of these ranks' partials of these records?"."""
 
-    incarnation: str
-    fates: list[Fate]
-    """held: not durable yet, or not known. dropped: merged, and then given up."""
+    fates: list[list[Fate]]
+    """For each record, for each rank that was asked about."""
+    stretch: int = 1
+    """How far the shard asks the run to stretch its cadence: more than 1 where the shard falls behind."""
 
 
 class Opened(NamedTuple):

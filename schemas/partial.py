@@ -14,9 +14,12 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .forms import GROUP, SAMPLES, SCATTER
+from .group import PartialGroup
 from .tiles import packed_offset
 from .wire import (
     MAX_TOKENS,
+    MAX_TRACE,
     MAX_WIDTH,
     ROWS_DTYPES,
     Origin,
@@ -28,11 +31,6 @@ from .wire import (
     read_origin,
     shown,
 )
-
-SCATTER, SAMPLES = "scatter", "samples"
-"""The forms, as headers and the column `form` name them."""
-MAX_TRACE = MAX_WIDTH * float(np.finfo(np.float32).max)
-"""What float32 entries can add up to; beyond it sums of squares would overflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -59,6 +57,10 @@ class PartialCovariance(Origin):
     """What these rows add to tr scatter."""
     frobenius_sq: float
     """What the numbers of these rows add to ‖scatter‖²_F of the whole symmetric matrix."""
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        return frozenset((self.rank,))
 
     @property
     def width(self) -> int:
@@ -130,6 +132,10 @@ class PartialSamples(Origin):
     """(N, D) float32 or float16, or the bits of bfloat16 as uint16."""
 
     @property
+    def ranks(self) -> frozenset[int]:
+        return frozenset((self.rank,))
+
+    @property
     def tokens(self) -> int:
         return int(self.samples.shape[0])
 
@@ -173,16 +179,25 @@ class PartialSamples(Origin):
 
 
 Partial: TypeAlias = PartialCovariance | PartialSamples
+"""What one rank sends."""
+Arrived: TypeAlias = Partial | PartialGroup
+"""What a shard may be given."""
 
 
 def partial_from_wire(wire: WirePartial) -> Partial:
-    """The partial that was sent, in the form that its header names.
+    """One rank's partial that was sent, in the form that its header names.
 
     Raises:
         PartialRefused: `reason` is "version" for a newer sender and "malformed" for anything else.
     """
     samples = isinstance(wire.header, dict) and wire.header.get("form") == SAMPLES
     return PartialSamples.from_wire(wire) if samples else PartialCovariance.from_wire(wire)
+
+
+def arrived_from_wire(wire: WirePartial) -> Arrived:
+    """The same, or the group of a node combiner."""
+    group = isinstance(wire.header, dict) and wire.header.get("form") == GROUP
+    return PartialGroup.from_wire(wire) if group else partial_from_wire(wire)
 
 
 def _rows(header: dict[str, Any], width: int) -> tuple[int, int]:

@@ -41,6 +41,7 @@ RECORDS = pa.schema(
         pa.field("complete", pa.bool_(), nullable=False),
         pa.field("ranks_seen", pa.int32(), nullable=False),
         pa.field("ranks_expected", pa.int32(), nullable=False),
+        pa.field("ranks_missing", pa.list_(pa.int32())),  # null where the record is complete
         pa.field("form", pa.string(), nullable=False),  # "scatter", "samples" or "mixed"
         pa.field("sampling_steps", pa.int64()),
         pa.field("overhead_ratio", pa.float64()),

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .forms import GROUP, SAMPLES, SCATTER
 from .keys import SITES, RecordKey, check_run_id
 
 WIRE_VERSION = 1
 MAX_WIDTH = 1 << 17
 MAX_TOKENS = 1 << 40
+MAX_TRACE = MAX_WIDTH * float(np.finfo(np.float32).max)
+"""What float32 entries can add up to; beyond it sums of squares would overflow."""
 MAX_TIME_SECONDS = 253_402_300_799.0
 """The year 9999."""
 MAX_RATIO = 1e6
@@ -55,7 +58,7 @@ def payload_dtype(header: Any) -> np.dtype[Any]:
         PartialRefused: the header does not say.
     """
     form = header.get("form") if isinstance(header, dict) else None
-    name = "float32" if form == "scatter" else header.get("dtype") if form == "samples" else None
+    name = "float32" if form in (SCATTER, GROUP) else header.get("dtype") if form == SAMPLES else None
     if not isinstance(name, str) or name not in ROWS_DTYPES:
         raise PartialRefused("malformed", f"a payload of form {shown(form)} and dtype {shown(name)} cannot be read")
     return ROWS_DTYPES[name]

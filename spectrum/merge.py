@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..schemas import PartialCovariance, packed_length, packed_offset
+from ..schemas import PartialCovariance, PartialGroup, packed_length, packed_offset
 from .triangle import unpack
 
 Rows = tuple[int, int]
@@ -52,6 +52,21 @@ class Share:
             frobenius_sq=partial.frobenius_sq,
             blocks={partial.rows: partial.scatter.copy()} if waits else {},
         )
+
+    @classmethod
+    def of_group(cls, group: PartialGroup) -> dict[int, Share]:
+        """The shares of a group that was summed elsewhere, by number. Their rows all stand at the first rank."""
+        nobody = (group.width, group.width)
+        return {
+            part.ranks[0]: cls(
+                tokens=part.tokens,
+                mean=torch.from_numpy(mean_D.astype(np.float64)),
+                rows=dict.fromkeys(part.ranks, nobody) | {part.ranks[0]: (0, group.width)},
+                trace=part.trace,
+                frobenius_sq=part.frobenius_sq,
+            )
+            for part, mean_D in zip(group.parts, group.means, strict=True)
+        }
 
     @property
     def finished(self) -> bool:
@@ -97,7 +112,7 @@ class Group:
         """The group of one partial, whose arrays are copied."""
         return cls(width=partial.width).add_(partial)
 
-    def add_(self, other: Group | PartialCovariance) -> Group:
+    def add_(self, other: Group | PartialGroup | PartialCovariance) -> Group:
         """Adds a group or a partial in place; float32 is added to float64 without a second matrix.
 
         Returns:
@@ -111,6 +126,8 @@ class Group:
         if isinstance(other, PartialCovariance):
             share = Share.of(other)
             shares, within = {other.share: share}, other.scatter if share.finished else other.scatter[:0]
+        elif isinstance(other, PartialGroup):
+            shares, within = Share.of_group(other), other.scatter
         else:
             shares, within = other.shares, other.within.numpy()
         self._check(other.width, shares)

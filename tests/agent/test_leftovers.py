@@ -46,7 +46,7 @@ def leftovers(root: Path, to: Destination = NOBODY) -> Leftovers:
 
 def beginning(own: Spool) -> Leftovers:
     address = own.label().destination.address
-    return Leftovers(own, own.roots, lambda run, rank: RaySession(address, run, rank))
+    return Leftovers(own.label(), own.roots, lambda run: RaySession(address, run))
 
 
 HOLDER = """
@@ -128,12 +128,12 @@ def test_what_nobody_can_deliver_is_kept_for_a_week_and_then_removed_unless_it_i
     strange, quiet, busy, young = kept = [leave(tmp_path, "far", name, to=far) for name in ("a", "b", "c", "d")]
     (strange.folder / "run.json").write_text("?")
     own = leave(tmp_path, launch="new")
-    Leftovers(own, [tmp_path], lambda *_: pytest.fail("nothing is delivered")).work()
+    Leftovers(own.label(), [tmp_path], lambda *_: pytest.fail("nothing is delivered")).work()
     assert all(spool.numbers() == [0] for spool in kept)
     for spool in (strange, quiet, busy):
         age(spool, ABANDONED_SECONDS + 60)
     with used(busy):
-        Leftovers(own, [tmp_path], lambda *_: pytest.fail("nothing is delivered")).work()
+        Leftovers(own.label(), [tmp_path], lambda *_: pytest.fail("nothing is delivered")).work()
     assert [spool.folder.exists() for spool in kept] == [False, False, True, True]
     assert f"{quiet.folder} is removed, its 1 partials are lost" in caplog.text
     assert young.numbers() == own.numbers() == [0]

@@ -1,0 +1,10 @@
+"""The forms in which activations travel, as headers and the column `form` name them."""
+
+SCATTER = "scatter"
+"""The packed scatter of one rank, or a block of its rows."""
+SAMPLES = "samples"
+"""The activation rows themselves."""
+GROUP = "group"
+"""The sum of several ranks' scatters, with what the merge law keeps of each."""
+MIXED = "mixed"
+"""Of a record, or a group, whose partials came in both of the first two."""
