@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import uuid
 from collections import Counter, OrderedDict, deque
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -59,7 +58,6 @@ class Shard:
     """The state of one shard; `close` writes everything it holds."""
 
     def __init__(self, store: str, solver: SolverConfig, limits: ShardLimits) -> None:
-        self.incarnation = uuid.uuid4().hex
         self._writer = StoreWriter(store)
         self._solver = Solver(solver)
         self._runs: dict[Launch, dict[tuple[int, str, int | None], LayerDescription]] = {}
@@ -122,10 +120,10 @@ class Shard:
     def _fate(self, key: RecordKey, rank: int) -> Fate:
         if key in self._open:
             return "held" if rank in (self._open.ranks(key) or ()) else "unknown"
-        if rank in self._given_up.get(key, ()):
-            return "dropped"
         missing = self._durable.get(key)
-        return "unknown" if missing is None or rank in missing else "durable"
+        if missing is not None and rank not in missing:
+            return "durable"
+        return "dropped" if rank in self._given_up.get(key, ()) else "unknown"
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
         """The state for the endpoint; launches that have ended are forgotten first."""
@@ -133,7 +131,6 @@ class Shard:
             self._forget(set(ended))
             runs = {run for run, _ in self._runs} | set(self._received) | {run for run, _ in self._dropped}
             return ShardSnapshot(
-                self.incarnation,
                 list(self._latest.values()),
                 list(self._judge.alerts.values()),
                 {run: self._counters(run) for run in sorted(runs)},
@@ -189,11 +186,12 @@ class Shard:
         if layers is None:
             return PushReply("unknown_run")
         _announced(layers, arrived)
-        if arrived.ranks.isdisjoint(self._durable.get(key, arrived.ranks)):
+        if key in self._durable and not self._durable[key]:
             self._duplicated[key.run_id] += len(arrived.ranks)
-            if arrived.ranks & self._given_up.get(key, set()):
-                return PushReply("dropped", None, f"the record {key} was given up, see the log")
             return PushReply("durable")
+        if arrived.ranks <= self._given_up.get(key, set()):
+            self._duplicated[key.run_id] += len(arrived.ranks)
+            return PushReply("dropped", None, f"the record {key} was given up, see the log")
         answer = self._open.turned_away(key, arrived.ranks, arrived.width)
         if answer == "duplicate":
             self._duplicated[key.run_id] += len(arrived.ranks)
@@ -251,10 +249,10 @@ class Shard:
 
     def _drop(self, closed: ClosedRecord, reason: str) -> None:
         with self._changed:
-            ranks = len(closed.group.ranks)
-            self._dropped[(closed.key.run_id, reason)] += ranks
-            self._durable.setdefault(closed.key, closed.missing)
-            self._given_up.setdefault(closed.key, set()).update(closed.group.ranks)
+            missing = self._durable.setdefault(closed.key, frozenset(closed.ranks_expected))
+            lost = closed.group.ranks & missing  # the others are in the record that is stored
+            self._dropped[(closed.key.run_id, reason)] += len(lost)
+            self._given_up.setdefault(closed.key, set()).update(lost)
             self._remember_no_more()
             self._open.settled(closed.key)
             self._ready(self._pairs.give_up(closed.key))
