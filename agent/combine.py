@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from statistics import multimode
 from typing import NamedTuple
 
 import numpy as np
@@ -52,12 +53,14 @@ def combine(wires: Sequence[WirePartial]) -> list[Packet]:
     alone = [Packet(wire, (wire.header["rank"],)) for wire in wires]
     if len(wires) == 1:
         return alone
+    partials = [partial_from_wire(wire) for wire in wires]
+    width = multimode(one.width for one in partials)[0]  # the shard will refuse a rank that says otherwise
     shares: dict[int, list[Partial]] = defaultdict(list)
-    for wire in wires:
-        partial = partial_from_wire(wire)
-        shares[partial.share].append(partial)
+    for partial in partials:
+        if partial.width == width:
+            shares[partial.share].append(partial)
     rows = [one for share in shares.values() for one in share if isinstance(one, PartialSamples)]
-    fold = bool(rows) and sum(one.nbytes for one in rows) > 4 * packed_length(rows[0].width)
+    fold = bool(rows) and sum(one.nbytes for one in rows) > 4 * packed_length(width)
     chosen = []
     for share in shares.values():
         scatters = [_covariance(one) if fold else one for one in share]

@@ -54,6 +54,7 @@ class SnapshotCollector(Collector):
             yield _series_gauge(family, latest, _column(column))
         yield _series_gauge(names.LAST_RECORD_TIMESTAMP, latest, lambda one: one.written_at)
         yield _series_gauge(names.LAST_RECORD_STEP, latest, lambda one: float(one.step))
+        yield _gauge(names.BACKLOG_SECONDS, [([], max((one.backlog_seconds for one in snapshot.shards), default=0.0))])
         yield from self._alerts(snapshot, running)
         yield from self._counters(snapshot)
         empty = Histogram.empty
@@ -75,11 +76,12 @@ class SnapshotCollector(Collector):
 
     def _counters(self, snapshot: Snapshot) -> Iterator[Metric]:
         received: Counter[str] = Counter({run.run_id: 0 for run in snapshot.runs})
-        duplicated, written = received.copy(), received.copy()
+        messages, duplicated, written = received.copy(), received.copy(), received.copy()
         dropped: Counter[tuple[str, str]] = Counter()
         for shard in snapshot.shards:
             for run, counters in shard.counters.items():
                 received[run] += counters.received
+                messages[run] += counters.messages
                 duplicated[run] += counters.duplicated
                 written[run] += counters.records_written
                 for reason, count in counters.dropped:
@@ -89,6 +91,7 @@ class SnapshotCollector(Collector):
                 dropped[(state.run_id, reason)] += count
         for family, by_run in (
             (names.PARTIALS_RECEIVED, received),
+            (names.MESSAGES_RECEIVED, messages),
             (names.PARTIALS_DUPLICATED, duplicated),
             (names.RECORDS_WRITTEN, written),
         ):

@@ -70,6 +70,7 @@ class Shard:
         self._pressure = Pressure()
         self._latest: dict[SeriesKey, LatestRecord] = {}
         self._received: Counter[str] = Counter()
+        self._messages: Counter[str] = Counter()
         self._duplicated: Counter[str] = Counter()
         self._written: Counter[str] = Counter()
         self._dropped: Counter[tuple[str, str]] = Counter()
@@ -136,6 +137,7 @@ class Shard:
                 {run: self._counters(run) for run in sorted(runs)},
                 self._solve_seconds,
                 self._latency_seconds,
+                max((self._open.behind_seconds(run, time.monotonic()) for run in runs), default=0.0),
             )
 
     def flush(self, timeout_seconds: float) -> int:
@@ -206,6 +208,7 @@ class Shard:
             raise PartialRefused("contradiction", str(error)) from None
         assert merged == "merged", "what is turned away was turned away before"
         self._received[key.run_id] += len(arrived.ranks)
+        self._messages[key.run_id] += 1
         self._changed.notify_all()
         return PushReply(merged)
 
@@ -338,7 +341,7 @@ class Shard:
 
     def _counters(self, run: str) -> RunCounters:
         dropped = tuple((reason, n) for (owner, reason), n in sorted(self._dropped.items()) if owner == run)
-        return RunCounters(self._received[run], self._duplicated[run], self._written[run], dropped)
+        return RunCounters(self._received[run], self._messages[run], self._duplicated[run], self._written[run], dropped)
 
     def _forget(self, ended: set[Launch]) -> None:
         gone = ended & self._runs.keys()
@@ -352,10 +355,11 @@ class Shard:
             for key in [one for one in remembered if (one.run_id, one.attempt) in gone]:
                 del remembered[key]
         for run in {run for run, _ in gone} - {run for run, _ in self._runs}:
-            for counter in (self._received, self._duplicated, self._written):
+            for counter in (self._received, self._messages, self._duplicated, self._written):
                 del counter[run]
             for name in [one for one in self._dropped if one[0] == run]:
                 del self._dropped[name]
+        self._pressure.forget({run for run, _ in gone} - {run for run, _ in self._runs})
         self._judge.forget(gone)
         self._open.forget(gone)
 

@@ -54,6 +54,7 @@ class RunCounters(NamedTuple):
     """What happened to one run's partials in one shard, over all attempts, since the shard started."""
 
     received: int = 0
+    messages: int = 0
     duplicated: int = 0
     records_written: int = 0
     dropped: tuple[tuple[str, int], ...] = ()
@@ -69,6 +70,7 @@ class ShardSnapshot(NamedTuple):
     """By run."""
     solve_seconds: Histogram
     latency_seconds: Histogram
+    backlog_seconds: float = 0.0
 
 
 class RunState(NamedTuple):

@@ -42,6 +42,12 @@ ALERT_ACTIVE = Family(
     ("run", "layer", "site", "expert", "kind", "severity"),
 )  # fmt: skip
 PARTIALS_RECEIVED = Family("eigenwatch_partials_received", "counter", "Partials accepted and merged.", ("run",))
+MESSAGES_RECEIVED = Family(
+    "eigenwatch_messages_received",
+    "counter",
+    "Messages that carried them: one for a record and host, where its ranks' partials were merged there.",
+    ("run",),
+)
 PARTIALS_DUPLICATED = Family(
     "eigenwatch_partials_duplicated",
     "counter",
@@ -59,6 +65,12 @@ SOLVE_SECONDS = Family("eigenwatch_solve_seconds", "histogram", "Time to solve a
 LATENCY_SECONDS = Family(
     "eigenwatch_record_latency_seconds", "histogram", "From the end of the step to the durable record.", ()
 )
+BACKLOG_SECONDS = Family(
+    "eigenwatch_backlog_seconds",
+    "gauge",
+    "How long the oldest merged record has waited for a solver; runs are asked to sample less when it grows.",
+    (),
+)
 SNAPSHOT_TIMESTAMP = Family(
     "eigenwatch_snapshot_timestamp_seconds",
     "gauge",
@@ -74,10 +86,12 @@ FAMILIES = (
     BUILD_INFO,
     ALERT_ACTIVE,
     PARTIALS_RECEIVED,
+    MESSAGES_RECEIVED,
     PARTIALS_DUPLICATED,
     PARTIALS_DROPPED,
     RECORDS_WRITTEN,
     SOLVE_SECONDS,
     LATENCY_SECONDS,
+    BACKLOG_SECONDS,
     SNAPSHOT_TIMESTAMP,
 )

@@ -13,10 +13,10 @@ from eigenwatch.agent.ray_session import RaySession
 from eigenwatch.schemas import LayerDescription, RunDescription
 layer = LayerDescription(layer=3, site="post", expert=None, name="down", width=8, shares=((0,),))
 run = RunDescription(run_id="light", launch_id="1", world_size=1, layers=(layer,), tags={})
-session = RaySession(sys.argv[1], run, 0)
+session = RaySession(sys.argv[1], run)
 session.open()
 print(json.dumps({"knows": session.knows(3), "heavy": [name for name in ("torch", "scipy") if name in sys.modules]}))
-session.finish(True, {})
+session.finish([(0, True, {})])
 session.close()
 """
 

@@ -61,9 +61,9 @@ TYPICAL = Snapshot(
                 Alert(series(0), "collapse", "critical", True),
                 Alert(series(1), "collapse", "critical", False),
             ),
-            run=RunCounters(10, 2, 5, (("width", 1), ("outbox_full", 3))),
+            run=RunCounters(10, 4, 2, 5, (("width", 1), ("outbox_full", 3))),
         ),
-        shard(record(series(2, site="pre", expert=7)), run=RunCounters(7, 0, 1)),
+        shard(record(series(2, site="pre", expert=7)), run=RunCounters(7, 7, 0, 1)),
     ],
 )
 
@@ -203,7 +203,7 @@ def test_the_series_of_a_run_that_ended_vanish(shown):
     assert 'run="run"' not in "".join(
         line
         for line in shown.text().splitlines()
-        if not line.startswith(("#", "eigenwatch_partials", "eigenwatch_records"))
+        if not line.startswith(("#", "eigenwatch_partials", "eigenwatch_messages", "eigenwatch_records"))
     )
     shown.snapshot = Snapshot(0.0, [], [])
     assert 'run="' not in shown.text()

@@ -267,7 +267,9 @@ def test_a_rank_without_tokens_has_come(records):
 def test_a_record_says_in_which_form_its_tokens_came(records, forms, said):
     for rank, form in enumerate(forms):
         nothing = partial_of(torch.empty(0, WIDTH), rank=rank, key=KEY)
-        records.merge(nothing if form == "nothing" else partial(rank), range(2), 0.0, form.replace("nothing", "scatter"))
+        records.merge(
+            nothing if form == "nothing" else partial(rank), range(2), 0.0, form.replace("nothing", "scatter")
+        )
     assert records.close_due(0.0)[0].form == said
 
 
