@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections import Counter, OrderedDict, deque
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -58,6 +59,7 @@ class Shard:
     """The state of one shard; `close` writes everything it holds."""
 
     def __init__(self, store: str, solver: SolverConfig, limits: ShardLimits) -> None:
+        self.incarnation = uuid.uuid4().hex
         self._writer = StoreWriter(store)
         self._solver = Solver(solver)
         self._runs: dict[Launch, dict[tuple[int, str, int | None], LayerDescription]] = {}
@@ -132,6 +134,7 @@ class Shard:
             self._forget(set(ended))
             runs = {run for run, _ in self._runs} | set(self._received) | {run for run, _ in self._dropped}
             return ShardSnapshot(
+                self.incarnation,
                 list(self._latest.values()),
                 list(self._judge.alerts.values()),
                 {run: self._counters(run) for run in sorted(runs)},

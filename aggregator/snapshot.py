@@ -64,6 +64,7 @@ class RunCounters(NamedTuple):
 class ShardSnapshot(NamedTuple):
     """One shard's state."""
 
+    incarnation: str
     latest: list[LatestRecord]
     alerts: list[Alert]
     counters: dict[str, RunCounters]
