@@ -1,8 +1,8 @@
 """Why a process cannot join a Ray cluster that answers: in one line, with what to do about it.
 
-Ray wants its own version and Python's to be the same on both sides, to the last digit, and says so in six lines of which
-the first names neither; a token that is missing or wrong it reports as no connection, after twenty seconds. The courier
-asks here when `ray.init` fails; the training goes on meanwhile, and its partials wait in the spool. No Ray is imported.
+Ray wants its own version and Python's to be the same on both sides, to the last digit, and says so in six lines of
+which the first names neither; a token that is missing or wrong it reports as no connection, after twenty seconds. The
+courier asks here when `ray.init` fails; the training goes on, its partials wait in the spool. No Ray is imported.
 """
 
 import re

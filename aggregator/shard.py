@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..schemas import (
     DATA_QUALITY,
     METRIC_NAMES,
+    REFUSAL_REASONS,
     LayerDescription,
     Partial,
     PartialCovariance,
@@ -52,6 +53,15 @@ WRITE_SECONDS = 1.0
 """A solved record waits at most about this long for others to share its file."""
 REMEMBERED_RECORDS = 200_000
 """Durable records that a shard remembers, so that a partial pushed again is known."""
+UNKNOWN_RUN = "unknown"
+"""What partials are counted under whose run is not known."""
+STRANGER_SECONDS = 60.0
+"""Between an answer of "unknown_run" and the announcement that it asks for; an honest courier needs a second or two."""
+REMEMBERED_STRANGERS = 1000
+FUTURE_SECONDS = 86400.0
+"""How far ahead of our clock a partial may have been captured. Time zones and drifting clocks stay within a day; what
+lies further ahead would look like fresh telemetry for as long, whatever the run does. The past has no bound: spools are
+delivered days later, and nothing is judged by it."""
 
 
 class Shard:
@@ -73,6 +83,10 @@ class Shard:
         self._duplicated: Counter[str] = Counter()
         self._written: Counter[str] = Counter()
         self._dropped: Counter[tuple[str, str]] = Counter()
+        self._refusals: Counter[tuple[str, str]] = Counter()
+        """Of `_dropped`, those that this shard turned away, for its log."""
+        self._strangers: OrderedDict[Launch, float] = OrderedDict()
+        """Launches that nobody announced, and when they were first heard of."""
         self._solve_seconds = Histogram.empty(SOLVE_BOUNDS)
         self._latency_seconds = Histogram.empty(LATENCY_BOUNDS)
         self._backlog: deque[ClosedRecord] = deque()
@@ -97,6 +111,7 @@ class Shard:
             for key, ranks_seen in stored.items():
                 self._durable[key] = max(ranks_seen, self._durable.get(key, 0))
             self._runs[launch] = {(layer.layer, layer.site, layer.expert): layer for layer in run.layers}
+            self._strangers.pop(launch, None)
 
     def push(self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any]) -> PushReply:
         """Merges one partial, given in its wire form."""
@@ -173,11 +188,16 @@ class Shard:
             return self._turned_away(partial) or self._merge(covariance, partial.form)
 
     def _turned_away(self, partial: Partial) -> PushReply | None:
-        """The answer to a partial that is not to be merged; None for one that is."""
+        """The answer to a partial that is not to be merged; None for one that is.
+
+        Raises:
+            PartialRefused: it never will be.
+        """
         key = partial.key
         layers = self._runs.get((key.run_id, key.attempt))
         if layers is None:
-            return PushReply("unknown_run", self.incarnation)
+            return self._stranger((key.run_id, key.attempt))
+        _check_clock(partial)
         layer = _announced(layers, partial)
         if self._durable.get(key) == len(layer.ranks):
             self._duplicated[key.run_id] += 1
@@ -220,12 +240,33 @@ class Shard:
                 self._write()
 
     def _refuse(self, header: dict[str, Any], reason: str, message: str) -> PushReply:
-        log.warning("partial refused: %s", message)
+        """Counts a partial that is not taken, under a label that does not come from what was sent."""
         run_id = header.get("run_id") if isinstance(header, dict) else None
+        reason = reason if reason in REFUSAL_REASONS else "failed"
         with self._changed:
-            known = any(run == run_id for run, _ in self._runs)
-            self._dropped[(str(run_id) if known else "unknown", reason)] += 1
+            known = isinstance(run_id, str) and any(run == run_id for run, _ in self._runs)
+            counted = (str(run_id) if known else UNKNOWN_RUN, reason)
+            self._dropped[counted] += 1
+            self._refusals[counted] += 1
+            so_far = self._refusals[counted]
+        if str(so_far).strip("0") == "1":  # the 1st, 10th, 100th, …: a rank that is wrong is wrong in every sample
+            log.warning("run %s: partial refused (%s, %d so far): %s", counted[0], reason, so_far, message)
         return PushReply("refused", self.incarnation, reason, message)
+
+    def _stranger(self, launch: Launch) -> PushReply:
+        """The answer to a partial of a launch that this shard does not know.
+
+        A courier that hears it announces its run and pushes again: so it goes after a restart, and nothing is lost.
+        Whoever pushes on without that is refused.
+        """
+        now = time.monotonic()
+        first = self._strangers.setdefault(launch, now)
+        while len(self._strangers) > REMEMBERED_STRANGERS:
+            self._strangers.popitem(last=False)
+        message = f"nobody announced run {launch[0]}, attempt {launch[1]}, to this shard"
+        if now - first > STRANGER_SECONDS:
+            self._refuse({}, "unknown_run", message)
+        return PushReply("unknown_run", self.incarnation, None, message)
 
     def _write_due(self) -> bool:
         """A flush writes at once, but not again and again into a store that has just refused."""
@@ -349,6 +390,16 @@ class Shard:
                 del self._dropped[name]
         self._judge.forget(gone)
         self._open.forget(gone)
+
+
+def _check_clock(partial: Partial) -> None:
+    ahead = partial.captured_at - time.time()
+    if ahead > FUTURE_SECONDS:
+        raise PartialRefused(
+            "future",
+            f"rank {partial.rank} of run {partial.key.run_id} captured step {partial.key.step} "
+            f"{ahead / 86400:.1f} days from now: set its host's clock",
+        )
 
 
 def _announced(layers: dict[tuple[int, str, int | None], LayerDescription], partial: Partial) -> LayerDescription:

@@ -20,7 +20,7 @@ from .tables import (
 )
 from .thresholds import COLLAPSE, STALE_AFTER_SECONDS, CollapseThresholds
 from .tiles import TILE_ROWS, Tile, packed_length, packed_offset, row_blocks, row_tiles
-from .wire import ROWS_DTYPES, WIRE_VERSION, Origin, PartialRefused, WirePartial, payload_dtype
+from .wire import REFUSAL_REASONS, ROWS_DTYPES, WIRE_VERSION, Origin, PartialRefused, WirePartial, payload_dtype
 
 __all__ = [
     "ALERTS",
@@ -30,6 +30,7 @@ __all__ = [
     "METRICS",
     "METRIC_NAMES",
     "RECORDS",
+    "REFUSAL_REASONS",
     "ROWS_DTYPES",
     "RUNS",
     "RUN_ID_PATTERN",
