@@ -20,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..schemas import (
+    COLLAPSE,
     DATA_QUALITY,
     METRIC_NAMES,
     REFUSAL_REASONS,
@@ -39,6 +40,7 @@ from ..spectrum import covariance_of
 from .config import ShardLimits, SolverConfig
 from .judge import Judge
 from .open_records import ClosedRecord, OpenRecords
+from .recovery import SeriesMemory, series_memory, stored_alerts
 from .site_pairs import SitePairs, sibling_of
 from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, Launch, RunCounters, ShardSnapshot
 from .solved_record import SolvedRecord, rows_by_table, solve_record
@@ -96,6 +98,7 @@ class Shard:
         self._written_at = datetime.fromtimestamp(0, UTC)
         self._flushing = self._stopping = self._refused = False
         self._changed = threading.Condition(threading.RLock())
+        self._opening = threading.Lock()
         self._worker = threading.Thread(target=self._work, name="eigenwatch-shard", daemon=True)
         self._worker.start()
 
@@ -103,15 +106,32 @@ class Shard:
         """Learns a launch's layers and ranks, and what of it the store has already. Idempotent."""
         run = RunDescription.from_wire(run_wire)
         launch = (run.run_id, attempt)
-        with self._changed:
-            if launch in self._runs:
-                return
-        stored = stored_records(self._writer.store, run.run_id, attempt)
-        with self._changed:
-            for key, ranks_seen in stored.items():
-                self._durable[key] = max(ranks_seen, self._durable.get(key, 0))
-            self._runs[launch] = {(layer.layer, layer.site, layer.expert): layer for layer in run.layers}
-            self._strangers.pop(launch, None)
+        with self._opening:  # every rank asks, after a restart all at once, and one reads the store for all
+            with self._changed:
+                if launch in self._runs:
+                    return
+            stored = stored_records(self._writer.store, run.run_id, attempt)
+            memory, alerts = self._recalled(run.run_id, attempt)
+            with self._changed:
+                for key, ranks_seen in stored.items():
+                    self._durable[key] = max(ranks_seen, self._durable.get(key, 0))
+                self._judge.recall({series: one.judged for series, one in memory.items()}, alerts)
+                for series, one in memory.items():
+                    written_at = one.latest["written_at"].timestamp()
+                    self._latest[series] = LatestRecord(series, one.latest["step"], written_at, _gauges(one.latest))
+                self._runs[launch] = {(layer.layer, layer.site, layer.expert): layer for layer in run.layers}
+                self._strangers.pop(launch, None)
+
+    def _recalled(
+        self, run_id: str, attempt: int
+    ) -> tuple[dict[SeriesKey, SeriesMemory], dict[tuple[SeriesKey, str], dict[str, Any]]]:
+        """The newest of each series of a launch; nothing where the store cannot say, which must not stop the launch."""
+        try:
+            memory = series_memory(self._writer.store, run_id, attempt, COLLAPSE.window_samples)
+            return memory, stored_alerts(self._writer.store, run_id, attempt)
+        except (OSError, pa.ArrowException) as error:
+            log.error("run %s: alerts start anew, its records cannot be read: %s", run_id, error)
+            return {}, {}
 
     def push(self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any]) -> PushReply:
         """Merges one partial, given in its wire form."""

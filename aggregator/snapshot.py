@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from typing import NamedTuple
 
 from ..schemas import SeriesKey
@@ -59,6 +60,15 @@ class RunCounters(NamedTuple):
     dropped: tuple[tuple[str, int], ...] = ()
     """By reason."""
 
+    def plus(self, other: RunCounters) -> RunCounters:
+        dropped = Counter(dict(self.dropped)) + Counter(dict(other.dropped))
+        return RunCounters(
+            self.received + other.received,
+            self.duplicated + other.duplicated,
+            self.records_written + other.records_written,
+            tuple(sorted(dropped.items())),
+        )
+
 
 class ShardSnapshot(NamedTuple):
     """One shard's state."""
@@ -81,6 +91,12 @@ class RunState(NamedTuple):
     layers: int
     dropped: dict[str, int]
     """Partials that the ranks lost before any shard saw them, by reason."""
+    earlier: RunCounters = RunCounters()
+    """What shards had counted that are no more."""
+    heard: bool = True
+    """False for a launch that is known from the store only, since its aggregator started again or is another."""
+    in_use: bool = False
+    """Whether an earlier launch of the same run id trains at the same time."""
 
 
 class Snapshot(NamedTuple):
