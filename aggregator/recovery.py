@@ -62,7 +62,12 @@ def launches_under_way(store: Path, run_id: str | None = None) -> list[StoredLau
         try:
             launches = [_launch(run, row) for row in _newest_rows(folder)]
             found += [one._replace(heard_at=last_written(store, run, one.attempt) or one.heard_at) for one in launches]
-        except (OSError, pa.ArrowException) as error:  # another run's file must not keep this aggregator from starting
+        except (
+            OSError,
+            pa.ArrowException,
+            ValueError,
+            TypeError,
+        ) as error:  # it must not keep the others from starting
             log.error("run %s: what was under way is not known, %s cannot be read: %s", run, folder, error)
     return found
 
@@ -73,7 +78,11 @@ def last_written(store: Path, run_id: str, attempt: int) -> datetime | None:
     for table, schema in (("runs", RUNS), ("records", RECORDS)):
         folder = table_folder(store, run_id, table)
         if folder.is_dir():
-            written = _rows(folder, schema, ["written_at"], ds.field("attempt") == attempt)["written_at"]
+            try:
+                written = _rows(folder, schema, ["written_at"], ds.field("attempt") == attempt)["written_at"]
+            except (OSError, pa.ArrowException) as error:
+                log.error("run %s: %s cannot be read: %s", run_id, folder, error)
+                continue
             newest.append(pc.max(written).as_py())
     return max((one for one in newest if one is not None), default=None)
 
@@ -84,7 +93,11 @@ def captured_after(store: Path, run_id: str, attempt: int, moment: datetime) -> 
     if not folder.is_dir():
         return False
     wanted = (ds.field("attempt") == attempt) & (ds.field("captured_at") > pa.scalar(moment, pa.timestamp("us", "UTC")))
-    return bool(ds.dataset(folder, schema=RECORDS, format="parquet").head(1, columns=["step"], filter=wanted).num_rows)
+    try:
+        return bool(_rows(folder, RECORDS, ["step"], wanted).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        log.error("run %s: %s cannot be read: %s", run_id, folder, error)
+        return False
 
 
 def series_memory(store: Path, run_id: str, attempt: int, samples: int) -> dict[SeriesKey, SeriesMemory]:
@@ -95,6 +108,8 @@ def series_memory(store: Path, run_id: str, attempt: int, samples: int) -> dict[
     of_launch = ds.field("attempt") == attempt
     columns = ["step", *_SERIES, *_JUDGED, "written_at"]
     table = _rows(folder, RECORDS, columns, of_launch).sort_by([("step", "descending"), ("written_at", "descending")])
+    if not table.num_rows:
+        return {}
     table = table.append_column("row", pa.array(range(table.num_rows)))
     grouped = table.group_by(_SERIES, use_threads=False).aggregate([("row", "list")])
     rows_of = {
@@ -184,4 +199,7 @@ def _series(run_id: str, row: dict[str, Any]) -> SeriesKey:
 
 
 def _rows(folder: Path, schema: pa.Schema, columns: list[str], wanted: ds.Expression | None = None) -> pa.Table:
-    return ds.dataset(folder, schema=schema, format="parquet").to_table(columns, filter=wanted)
+    try:
+        return ds.dataset(folder, schema=schema, format="parquet").to_table(columns, filter=wanted)
+    except FileNotFoundError:  # a compaction has merged what was listed
+        return ds.dataset(folder, schema=schema, format="parquet").to_table(columns, filter=wanted)

@@ -106,3 +106,8 @@ class Snapshot(NamedTuple):
     """Unix time in seconds."""
     runs: list[RunState]
     shards: list[ShardSnapshot]
+
+    @property
+    def counted(self) -> dict[str, dict[str, RunCounters]]:
+        """What the shards have counted, by incarnation and run."""
+        return {shard.incarnation: shard.counters for shard in self.shards}
