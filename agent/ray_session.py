@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..schemas import RecordKey, RunDescription, WirePartial
 from ..schemas.delivery import COORDINATOR, NAMESPACE, Fate, Fates, Opened, PushReply, check_reachable
+from .compatibility import why_not_joined
 
 CALL_SECONDS = 60.0
 MESSAGE_BYTES = 256 << 20
@@ -48,16 +49,25 @@ class RaySession:
                 ray.shutdown()
             if not ray.is_initialized():
                 check_reachable(address)
-                ray.init(
-                    address=address,
-                    namespace=NAMESPACE,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    configure_logging=False,
-                )
+                self._join(address)
             self._actors = {COORDINATOR: ray.get_actor(COORDINATOR, namespace=NAMESPACE)}
 
         self._calling(connecting)
+
+    def _join(self, address: str) -> None:
+        try:
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+            )
+        except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+            why = why_not_joined(address, error)
+            if why is not None:
+                raise ValueError(why) from error
+            raise
 
     def open(self) -> None:
         """Connects, announces the run, learns its attempt and who owns which layer."""

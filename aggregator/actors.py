@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..schemas.delivery import Fates, Opened, PushReply
     from .config import ShardLimits, SolverConfig
-    from .snapshot import Launch, RunState, ShardSnapshot
+    from .snapshot import Launch, RunCounters, RunState, ShardSnapshot
 
 
 class CoordinatorActor:
@@ -36,8 +36,11 @@ class CoordinatorActor:
     def finish(self, run_id: str, attempt: int, rank: int, clean: bool, dropped: dict[str, int]) -> None:
         self._coordinator.finish(run_id, attempt, rank, clean, dropped)
 
-    def running(self) -> list[RunState]:
-        return self._coordinator.running()
+    def running(self, counted: dict[str, dict[str, RunCounters]] | None = None) -> list[RunState]:
+        return self._coordinator.running(counted)
+
+    def close(self, counted: dict[str, dict[str, RunCounters]]) -> None:
+        self._coordinator.close(counted)
 
     def ended(self) -> list[Launch]:
         return self._coordinator.ended()

@@ -8,6 +8,7 @@ batch nor a value that hovers at a threshold moves it. Source of the thresholds:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..schemas import CollapseThresholds
@@ -45,6 +46,14 @@ class CollapseDetector:
         self._window: deque[Observation] = deque(maxlen=thresholds.window_samples)
         self._firing = False
         self._since_step = 0
+
+    def recall(self, window: Iterable[Observation]) -> None:
+        """Takes up what was seen before a restart, oldest first, and says nothing of it."""
+        self._window.extend(window)
+
+    def recall_firing(self, since_step: int) -> None:
+        """Takes up that the alert fires."""
+        self._firing, self._since_step = True, since_step
 
     def update(self, seen: Observation) -> Transition | None:
         self._window.append(seen)

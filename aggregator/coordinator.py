@@ -1,23 +1,32 @@
 """The coordinator: knows which launches of which runs are under way, and which shard owns which layer.
 
 It sees no partials. Couriers open a launch here, say every few seconds that their rank lives, and finish. It writes the
-`runs` table, from which it also learns, after a restart, which attempt a launch has.
+`runs` table, from which it takes up, after a restart, what was under way and what had been counted of it.
+
+A store may have other aggregators, an embedded one for each job, so what the table says is running need not be ours: it
+is shown for a while, until its couriers speak or not, and it is lost only when nobody writes anything of it either.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pyarrow as pa
+
 from ..schemas import RunDescription
 from ..schemas.delivery import Opened
 from .ownership import owners
-from .snapshot import Launch, RunState
+from .recovery import StoredLaunch, captured_after, counter_columns, last_written, launches_under_way
+from .snapshot import Launch, RunCounters, RunState
 from .stored import stored_attempts
 from .writer import StoreWriter
 
@@ -27,7 +36,17 @@ LOST_SECONDS = 3600.0
 """A run of which no rank was heard for this long is lost. Long, so that the staleness alert comes first."""
 REPLACED_SECONDS = 60.0
 """The same for a launch whose run was started again."""
+AWAITED_SECONDS = 120.0
+"""How long a launch that is known from the store only is shown. Couriers are back sooner, whatever restarted."""
+COUNTERS_SECONDS = 60.0
+"""Between rows that say only what was counted."""
+OVERLAP_SECONDS = 60.0
+"""Two launches of one run id train at the same time if the earlier one captured something so long after the later one
+began. Heartbeats alone do not show it: the couriers of a job that crashed, and later those of its successor, go on
+delivering what it left. Long, since clocks differ."""
 REMEMBERED_ENDED = 1000
+EARLIER = "earlier"
+"""Under which the counters of all shards are added that are no more."""
 
 
 @dataclass(slots=True)
@@ -36,11 +55,23 @@ class _Launch:
     attempt: int
     started_at: datetime
     heard_at: float
+    """On the monotonic clock."""
     unfinished: set[int]
     clean: bool = True
     status: str = "running"
     dropped: dict[int, dict[str, int]] = field(default_factory=dict)
     """Losses by rank and reason."""
+    heard: bool = True
+    """False while it is known from the store only."""
+    in_use: bool = False
+    """Whether another launch of its run id was found to train at the same time."""
+    written: dict[str, Any] = field(default_factory=dict)
+    """What its newest row says was counted."""
+    next_row: float = 0.0
+    """When the next row may be written that says only what was counted; on the monotonic clock."""
+
+    def speaks(self) -> None:
+        self.heard, self.heard_at = True, time.monotonic()
 
 
 class Coordinator:
@@ -51,8 +82,15 @@ class Coordinator:
         self._shard_names = shard_names
         self._launches: dict[Launch, _Launch] = {}
         self._ended: deque[Launch] = deque(maxlen=REMEMBERED_ENDED)
+        self._counters: dict[str, dict[str, RunCounters]] = {}
+        """By run under way and incarnation of the shard that counted."""
+        self._awaited_until = time.monotonic() + AWAITED_SECONDS
+        self._next_look = 0.0
         self._written_at = datetime.fromtimestamp(0, UTC)
         self._lock = threading.RLock()
+        stored = launches_under_way(self._writer.store)
+        self._take_up(stored)
+        self._counters |= {one.run.run_id: one.counters for one in stored}
 
     def open_run(self, run_wire: dict[str, Any]) -> Opened:
         """Opens a launch; each of its ranks asks, and all get the same answer. Idempotent."""
@@ -61,7 +99,8 @@ class Coordinator:
             launch = next(
                 (one for one in self._launches.values() if one.run.launch_id == run.launch_id), None
             ) or self._open(run)
-            launch.heard_at = time.monotonic()
+            launch.run = run  # one from the store lacks what no row tells
+            launch.speaks()
             return Opened(launch.attempt, owners(run, self._shard_names))
 
     def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int]) -> bool:
@@ -70,7 +109,7 @@ class Coordinator:
             launch = self._launches.get((run_id, attempt))
             if launch is None:
                 return False
-            launch.heard_at = time.monotonic()
+            launch.speaks()
             launch.dropped[rank] = dropped
             return True
 
@@ -80,43 +119,145 @@ class Coordinator:
             launch = self._launches.get((run_id, attempt))
             if launch is None:
                 return
+            launch.speaks()
             launch.dropped[rank] = dropped
             launch.clean &= clean
             launch.unfinished.discard(rank)
             if not launch.unfinished:
                 self._end(launch, "finished" if launch.clean else "lost")
 
-    def running(self) -> list[RunState]:
+    def running(self, counted: Mapping[str, Mapping[str, RunCounters]] | None = None) -> list[RunState]:
         """The newest launch of each run under way; launches not heard of for long are ended first.
 
         An earlier launch of a run that was started again may still have partials to deliver: it stays open, unshown.
+
+        Args:
+            counted: what the shards have counted since they started, by incarnation and run. It is kept, and written
+                now and then, for when one of them or this coordinator starts again.
         """
+        self._look_for_overlaps()
         with self._lock:
-            newest: dict[str, int] = {}
-            for run_id, attempt in self._launches:
-                newest[run_id] = max(attempt, newest.get(run_id, 0))
+            self._keep(counted or {})
+            newest = self._newest()
             for launch in list(self._launches.values()):
-                replaced = launch.attempt < newest[launch.run.run_id]
-                if time.monotonic() - launch.heard_at > (REPLACED_SECONDS if replaced else LOST_SECONDS):
-                    self._end(launch, "lost")
-            return [
-                RunState(
-                    launch.run.run_id,
-                    launch.attempt,
-                    launch.run.world_size,
-                    len(launch.run.layers),
-                    dict(sum((Counter(one) for one in launch.dropped.values()), Counter[str]())),
-                )
-                for launch in self._launches.values()
-                if launch.attempt == newest[launch.run.run_id]
-            ]
+                self._end_silent(launch, replaced=launch.attempt < newest[launch.run.run_id])
+            newest = self._newest()
+            shown = [one for one in self._launches.values() if one.attempt == newest[one.run.run_id]]
+            for launch in shown:
+                if launch.heard and time.monotonic() >= launch.next_row and self._counted(launch) != launch.written:
+                    self._write(launch)
+            return [self._state(one) for one in shown if one.heard or time.monotonic() < self._awaited_until]
+
+    def close(self, counted: Mapping[str, Mapping[str, RunCounters]]) -> None:
+        """Writes what was counted of launches under way."""
+        with self._lock:
+            self._keep(counted)
+            newest = self._newest()
+            for launch in self._launches.values():
+                current = launch.heard and launch.attempt == newest[launch.run.run_id]
+                if current and self._counted(launch) != launch.written:
+                    self._write(launch)
 
     def ended(self) -> list[Launch]:
         """Launches that ended lately."""
         with self._lock:
             return list(self._ended)
 
+    def _state(self, launch: _Launch) -> RunState:
+        run = launch.run
+        dropped = dict(sum((Counter(one) for one in launch.dropped.values()), Counter[str]()))
+        earlier = self._counters.get(run.run_id, {}).get(EARLIER, RunCounters())
+        in_use = any(one.in_use and one is not launch for one in self._launches_of(run.run_id))
+        return RunState(
+            run.run_id, launch.attempt, run.world_size, len(run.layers), dropped, earlier, launch.heard, in_use
+        )
+
+    def _launches_of(self, run_id: str) -> list[_Launch]:
+        """Oldest first."""
+        launches = [one for one in self._launches.values() if one.run.run_id == run_id]
+        return sorted(launches, key=lambda one: one.attempt)
+
+    def _newest(self) -> dict[str, int]:
+        """The newest attempt of each run."""
+        newest: dict[str, int] = {}
+        for run_id, attempt in self._launches:
+            newest[run_id] = max(attempt, newest.get(run_id, 0))
+        return newest
+
+    def _take_up(self, stored: list[StoredLaunch]) -> None:
+        """Notes launches of which the store says that they run, but for those that we know."""
+        for one in stored:
+            if (one.run.run_id, one.attempt) in self._launches:
+                continue
+            silent = (datetime.now(UTC) - one.heard_at).total_seconds()
+            self._launches[(one.run.run_id, one.attempt)] = _Launch(
+                run=one.run,
+                attempt=one.attempt,
+                started_at=one.started_at,
+                heard_at=time.monotonic() - silent,
+                unfinished=set(range(one.run.world_size)),
+                dropped=one.losses,
+                heard=False,
+                in_use=one.run_id_in_use,
+                written=counter_columns(one.counters, one.losses),
+            )
+
+    def _keep(self, counted: Mapping[str, Mapping[str, RunCounters]]) -> None:
+        """Notes what the shards that live have counted; what others had is added up."""
+        for run_id in {run_id for run_id, _ in self._launches} if counted else ():
+            before = self._counters.get(run_id, {})
+            kept = {shard: by_run[run_id] for shard, by_run in counted.items() if run_id in by_run}
+            for gone in before.keys() - counted.keys():
+                kept[EARLIER] = kept.get(EARLIER, RunCounters()).plus(before[gone])
+            self._counters[run_id] = kept
+
+    def _counted(self, launch: _Launch) -> dict[str, Any]:
+        return counter_columns(self._counters.get(launch.run.run_id, {}), launch.dropped)
+
+    def _end_silent(self, launch: _Launch, replaced: bool) -> None:
+        """Ends a launch of which nobody has heard for long: we, or for one from the store whoever writes there."""
+        now = time.monotonic()
+        patience = REPLACED_SECONDS if replaced else LOST_SECONDS
+        if now - launch.heard_at <= patience or not (launch.heard or now >= self._awaited_until):
+            return
+        if not launch.heard:
+            written = last_written(self._writer.store, launch.run.run_id, launch.attempt)
+            silent = (datetime.now(UTC) - written).total_seconds() if written is not None else math.inf
+            launch.heard_at = now - silent
+            if silent <= patience:
+                return
+        self._end(launch, "lost")
+
+    def _look_for_overlaps(self) -> None:
+        """Finds run ids that two jobs use at once. Both stay as they are, attempts of their own; it is said once."""
+        with self._lock:
+            if time.monotonic() < self._next_look:
+                return
+            self._next_look = time.monotonic() + OVERLAP_SECONDS
+            runs = {run_id for run_id, _ in self._launches}
+            pairs = [pair for run_id in runs for pair in itertools.pairwise(self._launches_of(run_id))]
+        for earlier, later in pairs:
+            run_id, began = earlier.run.run_id, later.started_at
+            if earlier.in_use or not captured_after(
+                self._writer.store, run_id, earlier.attempt, began + timedelta(seconds=OVERLAP_SECONDS)
+            ):
+                continue
+            log.error(
+                "run_id_in_use: two jobs train as run %s at once, attempt %d since %s and attempt %d since %s; their "
+                "records stay apart, and `records` shows the later one's: give each job a run id of its own",
+                run_id, earlier.attempt, f"{earlier.started_at:%F %T}", later.attempt, f"{began:%F %T}",
+            )  # fmt: skip
+            with self._lock:
+                for launch in (earlier, later):
+                    launch.in_use = True
+                    if launch.status == "running" and launch.heard:
+                        self._write(launch)
+
     def _open(self, run: RunDescription) -> _Launch:
+        known = [
+            one for one in launches_under_way(self._writer.store, run.run_id) if one.run.launch_id != run.launch_id
+        ]
+        self._take_up([one for one in known if (run.run_id, one.attempt) not in self._launches])
         launch = _Launch(
             run=run,
             attempt=self._attempt_of(run),
@@ -139,8 +280,11 @@ class Coordinator:
     def _end(self, launch: _Launch, status: str) -> None:
         launch.status = status
         self._write(launch, ended_at=datetime.now(UTC))
-        del self._launches[(launch.run.run_id, launch.attempt)]
-        self._ended.append((launch.run.run_id, launch.attempt))
+        run_id = launch.run.run_id
+        del self._launches[(run_id, launch.attempt)]
+        self._ended.append((run_id, launch.attempt))
+        if not self._launches_of(run_id):
+            self._counters.pop(run_id, None)
 
     def _write(self, launch: _Launch, ended_at: datetime | None = None) -> None:
         self._written_at = max(datetime.now(UTC), self._written_at + timedelta(microseconds=1))
@@ -163,9 +307,12 @@ class Coordinator:
             "tags": list(run.tags.items()),
             "started_at": launch.started_at,
             "ended_at": ended_at,
+            "run_id_in_use": launch.in_use,
+            **(counted := self._counted(launch)),
             "written_at": self._written_at,
         }
+        launch.written, launch.next_row = counted, time.monotonic() + COUNTERS_SECONDS
         try:
             self._writer.append("runs", run.run_id, [row])
-        except OSError as error:
+        except (OSError, pa.ArrowException) as error:
             log.error("run %s: its row could not be written: %s", run.run_id, error)

@@ -49,6 +49,7 @@ class SnapshotCollector(Collector):
             names.RUN_INFO,
             [([run.run_id, str(run.attempt), str(run.world_size), str(run.layers)], 1.0) for run in snapshot.runs],
         )
+        yield _gauge(names.RUN_ID_IN_USE, [([run.run_id], float(run.in_use)) for run in snapshot.runs])
         for family in names.RECORD_GAUGES:
             column = family.name.removeprefix(names.PREFIX)
             yield _series_gauge(family, latest, _column(column))
@@ -87,7 +88,11 @@ class SnapshotCollector(Collector):
                 for reason, count in counters.dropped:
                     dropped[(run, reason)] += count
         for state in snapshot.runs:
-            for reason, count in state.dropped.items():
+            received[state.run_id] += state.earlier.received
+            messages[state.run_id] += state.earlier.messages
+            duplicated[state.run_id] += state.earlier.duplicated
+            written[state.run_id] += state.earlier.records_written
+            for reason, count in (*state.dropped.items(), *state.earlier.dropped):
                 dropped[(state.run_id, reason)] += count
         for family, by_run in (
             (names.PARTIALS_RECEIVED, received),

@@ -50,10 +50,12 @@ class InlineAggregator:
     def finish(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], timeout_seconds: float) -> int:
         """Writes everything and ends; returns how many partials are not durable."""
         undurable = self._shard.close(timeout_seconds) + self._shard.given_up
+        self._snapshot()  # which tells the coordinator what was counted
         self._coordinator.finish(run_id, attempt, rank, True, dropped)
         if self._endpoint is not None:
             self._endpoint.close()
         return undurable
 
     def _snapshot(self) -> Snapshot:
-        return Snapshot(time.time(), self._coordinator.running(), [self._shard.snapshot(self._coordinator.ended())])
+        shard = self._shard.snapshot(self._coordinator.ended())
+        return Snapshot(time.time(), self._coordinator.running({shard.incarnation: shard.counters}), [shard])

@@ -1,8 +1,14 @@
-"""The judge: feeds each layer's records to its detectors and keeps the alerts that stand."""
+"""The judge: feeds each layer's records to its detectors and keeps the alerts that stand.
+
+An alert stands here, and on the endpoint, as soon as its record is solved; its row becomes durable with that record. So
+a judge that starts again finds in the store either both, or neither, and then the record comes again and is judged
+again.
+"""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..schemas import COLLAPSE, RecordKey, SeriesKey
@@ -19,7 +25,7 @@ class Alert(NamedTuple):
 
 
 class Judge:
-    """Owns the detectors of every series; called by the shard's worker thread only."""
+    """Owns the detectors of every series; the shard calls it under its lock."""
 
     def __init__(self) -> None:
         self._detectors: dict[SeriesKey, CollapseDetector] = {}
@@ -38,14 +44,7 @@ class Judge:
         if not record["finite"] or key.step <= self._last_step.get(series, -1):
             return []
         self._last_step[series] = key.step
-        seen = Observation(
-            key.step,
-            record["hard_rank"],
-            record["hard_utilization"],
-            record["spectral_concentration"],
-            record["width"],
-        )
-        transition = detector.update(seen)
+        transition = detector.update(_observation(key.step, record))
         if transition is None:
             return []
         name = (series, detector.kind)
@@ -66,6 +65,29 @@ class Judge:
             }
         ]
 
+    def recall(
+        self,
+        judged: Mapping[SeriesKey, Sequence[Mapping[str, Any]]],
+        alerts: Mapping[tuple[SeriesKey, str], Mapping[str, Any]],
+    ) -> None:
+        """Takes up the series of a launch where a judge before this one left them; causes no rows.
+
+        Args:
+            judged: of each series the newest records that it judged, oldest first.
+            alerts: the newest row of each alert, by series and kind.
+        """
+        for series, records in judged.items():
+            detector = self._detectors[series] = CollapseDetector(COLLAPSE)
+            detector.recall(_observation(record["step"], record) for record in records)
+            if records:
+                self._last_step[series] = records[-1]["step"]
+        for (series, kind), row in alerts.items():
+            firing = row["state"] == "firing"
+            self.alerts[(series, kind)] = Alert(series, kind, row["severity"], firing)
+            if firing:
+                self._open[(series, kind)] = row["alert_id"]
+                self._detectors.setdefault(series, CollapseDetector(COLLAPSE)).recall_firing(row["since_step"])
+
     def forget(self, ended: set[tuple[str, int]]) -> None:
         """Drops the series of launches, (run, attempt), that have ended."""
         for series in [one for one in self._detectors if (one.run_id, one.attempt) in ended]:
@@ -74,6 +96,16 @@ class Judge:
         for name in [one for one in self.alerts if (one[0].run_id, one[0].attempt) in ended]:
             del self.alerts[name]
             self._open.pop(name, None)
+
+
+def _observation(step: int, record: Mapping[str, Any]) -> Observation:
+    return Observation(
+        step,
+        record["hard_rank"],
+        record["hard_utilization"],
+        record["spectral_concentration"],
+        record["width"],
+    )
 
 
 def _key_columns(key: RecordKey) -> dict[str, Any]:

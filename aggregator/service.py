@@ -57,9 +57,9 @@ class Service:
         return self._endpoint.url
 
     def running(self) -> list[RunState]:
-        """Launches under way."""
+        """Launches under way whose couriers speak to this aggregator."""
         runs: list[RunState] = ray.get(self._coordinator.running.remote(), timeout=CALL_SECONDS)
-        return runs
+        return [run for run in runs if run.heard]
 
     def ended(self) -> list[Launch]:
         """Launches that have ended lately."""
@@ -71,9 +71,11 @@ class Service:
         self._stop.set()
         self._poller.join()
         flushed = False
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
             closing = [shard.close.remote(FLUSH_SECONDS) for shard in self._shards]
             flushed = not any(ray.get(closing, timeout=FLUSH_SECONDS + CALL_SECONDS))
+            counted = self._take_snapshot().counted
+            ray.get(self._coordinator.close.remote(counted), timeout=CALL_SECONDS)
         self._endpoint.close()
         for actor in (self._coordinator, *self._shards):
             ray.kill(actor)
@@ -89,14 +91,12 @@ class Service:
                 log.warning("no snapshot from the shards: %s", error)
 
     def _take_snapshot(self) -> Snapshot:
-        runs: list[RunState]
-        ended: list[Launch]
-        runs, ended = ray.get(
-            [self._coordinator.running.remote(), self._coordinator.ended.remote()], timeout=CALL_SECONDS
-        )
+        ended: list[Launch] = ray.get(self._coordinator.ended.remote(), timeout=CALL_SECONDS)
         shards: list[ShardSnapshot] = ray.get(
             [shard.snapshot.remote(ended) for shard in self._shards], timeout=CALL_SECONDS
         )
+        counted = {shard.incarnation: shard.counters for shard in shards}
+        runs: list[RunState] = ray.get(self._coordinator.running.remote(counted), timeout=CALL_SECONDS)
         return Snapshot(time.time(), runs, shards)
 
 

@@ -20,8 +20,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..schemas import (
+    COLLAPSE,
     DATA_QUALITY,
     METRIC_NAMES,
+    REFUSAL_REASONS,
     Arrived,
     LayerDescription,
     PartialGroup,
@@ -39,6 +41,7 @@ from .config import ShardLimits, SolverConfig
 from .judge import Judge
 from .open_records import ClosedRecord, Mergeable, OpenRecords
 from .pressure import Pressure
+from .recovery import SeriesMemory, series_memory, stored_alerts
 from .site_pairs import SitePairs, sibling_of
 from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, Launch, RunCounters, ShardSnapshot
 from .solved_record import SolvedRecord, rows_by_table, solve_record
@@ -53,6 +56,15 @@ WRITE_SECONDS = 1.0
 """A solved record waits at most about this long for others to share its file."""
 REMEMBERED_RECORDS = 200_000
 """Durable records that a shard remembers, so that a partial pushed again is known."""
+UNKNOWN_RUN = "unknown"
+"""What partials are counted under whose run is not known."""
+STRANGER_SECONDS = 60.0
+"""Between an answer of "unknown_run" and the announcement that it asks for; an honest courier needs a second or two."""
+REMEMBERED_STRANGERS = 1000
+FUTURE_SECONDS = 86400.0
+"""How far ahead of our clock a partial may have been captured. Time zones and drifting clocks stay within a day; what
+lies further ahead would look like fresh telemetry for as long, whatever the run does. The past has no bound: spools are
+delivered days later, and nothing is judged by it."""
 
 
 class Shard:
@@ -76,6 +88,10 @@ class Shard:
         self._duplicated: Counter[str] = Counter()
         self._written: Counter[str] = Counter()
         self._dropped: Counter[tuple[str, str]] = Counter()
+        self._refusals: Counter[tuple[str, str]] = Counter()
+        """Of `_dropped`, those that this shard turned away, for its log."""
+        self._strangers: OrderedDict[Launch, float] = OrderedDict()
+        """Launches that nobody announced, and when they were first heard of."""
         self._solve_seconds = Histogram.empty(SOLVE_BOUNDS)
         self._latency_seconds = Histogram.empty(LATENCY_BOUNDS)
         self._backlog: deque[ClosedRecord] = deque()
@@ -85,6 +101,7 @@ class Shard:
         self._written_at = datetime.fromtimestamp(0, UTC)
         self._flushing = self._stopping = self._refused = False
         self._changed = threading.Condition(threading.RLock())
+        self._opening = threading.Lock()
         self._worker = threading.Thread(target=self._work, name="eigenwatch-shard", daemon=True)
         self._worker.start()
 
@@ -92,14 +109,32 @@ class Shard:
         """Learns a launch's layers and ranks, and what of it the store has already. Idempotent."""
         run = RunDescription.from_wire(run_wire)
         launch = (run.run_id, attempt)
-        with self._changed:
-            if launch in self._runs:
-                return
-        stored = stored_records(self._writer.store, run.run_id, attempt)
-        with self._changed:
-            for key, missing in stored.items():
-                self._durable.setdefault(key, missing)
-            self._runs[launch] = {(layer.layer, layer.site, layer.expert): layer for layer in run.layers}
+        with self._opening:  # every rank asks, after a restart all at once, and one reads the store for all
+            with self._changed:
+                if launch in self._runs:
+                    return
+            stored = stored_records(self._writer.store, run.run_id, attempt)
+            memory, alerts = self._recalled(run.run_id, attempt)
+            with self._changed:
+                for key, missing in stored.items():
+                    self._durable.setdefault(key, missing)
+                self._judge.recall({series: one.judged for series, one in memory.items()}, alerts)
+                for series, one in memory.items():
+                    written_at = one.latest["written_at"].timestamp()
+                    self._latest[series] = LatestRecord(series, one.latest["step"], written_at, _gauges(one.latest))
+                self._runs[launch] = {(layer.layer, layer.site, layer.expert): layer for layer in run.layers}
+                self._strangers.pop(launch, None)
+
+    def _recalled(
+        self, run_id: str, attempt: int
+    ) -> tuple[dict[SeriesKey, SeriesMemory], dict[tuple[SeriesKey, str], dict[str, Any]]]:
+        """The newest of each series of a launch; nothing where the store cannot say, which must not stop the launch."""
+        try:
+            memory = series_memory(self._writer.store, run_id, attempt, COLLAPSE.window_samples)
+            return memory, stored_alerts(self._writer.store, run_id, attempt)
+        except (OSError, pa.ArrowException) as error:
+            log.error("run %s: alerts start anew, its records cannot be read: %s", run_id, error)
+            return {}, {}
 
     def push(self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any]) -> PushReply:
         """Merges one partial, given in its wire form."""
@@ -185,11 +220,16 @@ class Shard:
             return self._turned_away(arrived) or self._merge(mergeable, form)
 
     def _turned_away(self, arrived: Arrived) -> PushReply | None:
-        """The answer to what is not to be merged; None for what is."""
+        """The answer to what is not to be merged; None for what is.
+
+        Raises:
+            PartialRefused: it never will be.
+        """
         key = arrived.key
         layers = self._runs.get((key.run_id, key.attempt))
         if layers is None:
-            return PushReply("unknown_run")
+            return self._stranger((key.run_id, key.attempt))
+        _check_clock(arrived)
         _announced(layers, arrived)
         if key in self._durable and not self._durable[key]:
             self._duplicated[key.run_id] += len(arrived.ranks)
@@ -234,12 +274,33 @@ class Shard:
                 self._write()
 
     def _refuse(self, header: dict[str, Any], reason: str, message: str) -> PushReply:
-        log.warning("partial refused: %s", message)
+        """Counts a partial that is not taken, under a label that does not come from what was sent."""
         run_id = header.get("run_id") if isinstance(header, dict) else None
+        reason = reason if reason in REFUSAL_REASONS else "failed"
         with self._changed:
-            known = any(run == run_id for run, _ in self._runs)
-            self._dropped[(str(run_id) if known else "unknown", reason)] += 1
+            known = isinstance(run_id, str) and any(run == run_id for run, _ in self._runs)
+            counted = (str(run_id) if known else UNKNOWN_RUN, reason)
+            self._dropped[counted] += 1
+            self._refusals[counted] += 1
+            so_far = self._refusals[counted]
+        if str(so_far).strip("0") == "1":  # the 1st, 10th, 100th, …: a rank that is wrong is wrong in every sample
+            log.warning("run %s: partial refused (%s, %d so far): %s", counted[0], reason, so_far, message)
         return PushReply("refused", reason, message)
+
+    def _stranger(self, launch: Launch) -> PushReply:
+        """The answer to a partial of a launch that this shard does not know.
+
+        A courier that hears it announces its run and pushes again: so it goes after a restart, and nothing is lost.
+        Whoever pushes on without that is refused.
+        """
+        now = time.monotonic()
+        first = self._strangers.setdefault(launch, now)
+        while len(self._strangers) > REMEMBERED_STRANGERS:
+            self._strangers.popitem(last=False)
+        message = f"nobody announced run {launch[0]}, attempt {launch[1]}, to this shard"
+        if now - first > STRANGER_SECONDS:
+            self._refuse({}, "unknown_run", message)
+        return PushReply("unknown_run", None, message)
 
     def _write_due(self) -> bool:
         """A flush writes at once, but not again and again into a store that has just refused."""
@@ -344,7 +405,7 @@ class Shard:
 
     def _counters(self, run: str) -> RunCounters:
         dropped = tuple((reason, n) for (owner, reason), n in sorted(self._dropped.items()) if owner == run)
-        return RunCounters(self._received[run], self._messages[run], self._duplicated[run], self._written[run], dropped)
+        return RunCounters(self._received[run], self._duplicated[run], self._written[run], dropped, self._messages[run])
 
     def _forget(self, ended: set[Launch]) -> None:
         gone = ended & self._runs.keys()
@@ -365,6 +426,16 @@ class Shard:
         self._pressure.forget({run for run, _ in gone} - {run for run, _ in self._runs})
         self._judge.forget(gone)
         self._open.forget(gone)
+
+
+def _check_clock(arrived: Arrived) -> None:
+    ahead = arrived.captured_at - time.time()
+    if ahead > FUTURE_SECONDS:
+        raise PartialRefused(
+            "future",
+            f"rank {arrived.rank} of run {arrived.key.run_id} captured step {arrived.key.step} "
+            f"{ahead / 86400:.1f} days from now: set its host's clock",
+        )
 
 
 def _announced(layers: dict[tuple[int, str, int | None], LayerDescription], arrived: Arrived) -> LayerDescription:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from typing import NamedTuple
 
 from ..schemas import SeriesKey
@@ -54,11 +55,22 @@ class RunCounters(NamedTuple):
     """What happened to one run's partials in one shard, over all attempts, since the shard started."""
 
     received: int = 0
-    messages: int = 0
     duplicated: int = 0
     records_written: int = 0
     dropped: tuple[tuple[str, int], ...] = ()
     """By reason."""
+    messages: int = 0
+    """That carried what was received."""
+
+    def plus(self, other: RunCounters) -> RunCounters:
+        dropped = Counter(dict(self.dropped)) + Counter(dict(other.dropped))
+        return RunCounters(
+            self.received + other.received,
+            self.duplicated + other.duplicated,
+            self.records_written + other.records_written,
+            tuple(sorted(dropped.items())),
+            self.messages + other.messages,
+        )
 
 
 class ShardSnapshot(NamedTuple):
@@ -83,6 +95,12 @@ class RunState(NamedTuple):
     layers: int
     dropped: dict[str, int]
     """Partials that the ranks lost before any shard saw them, by reason."""
+    earlier: RunCounters = RunCounters()
+    """What shards had counted that are no more."""
+    heard: bool = True
+    """False for a launch that is known from the store only, since its aggregator started again or is another."""
+    in_use: bool = False
+    """Whether an earlier launch of the same run id trains at the same time."""
 
 
 class Snapshot(NamedTuple):
@@ -92,3 +110,8 @@ class Snapshot(NamedTuple):
     """Unix time in seconds."""
     runs: list[RunState]
     shards: list[ShardSnapshot]
+
+    @property
+    def counted(self) -> dict[str, dict[str, RunCounters]]:
+        """What the shards have counted, by incarnation and run."""
+        return {shard.incarnation: shard.counters for shard in self.shards}

@@ -22,7 +22,7 @@ from .tables import (
 )
 from .thresholds import COLLAPSE, STALE_AFTER_SECONDS, CollapseThresholds
 from .tiles import TILE_ROWS, Tile, packed_length, packed_offset, row_blocks, row_tiles
-from .wire import ROWS_DTYPES, WIRE_VERSION, Origin, PartialRefused, WirePartial, payload_dtype
+from .wire import REFUSAL_REASONS, ROWS_DTYPES, WIRE_VERSION, Origin, PartialRefused, WirePartial, payload_dtype
 
 __all__ = [
     "ALERTS",
@@ -34,6 +34,7 @@ __all__ = [
     "METRIC_NAMES",
     "MIXED",
     "RECORDS",
+    "REFUSAL_REASONS",
     "ROWS_DTYPES",
     "RUNS",
     "RUN_ID_PATTERN",

@@ -26,6 +26,7 @@ from .wire import (
     PartialRefused,
     WirePartial,
     check_array,
+    check_size,
     integer,
     payload_dtype,
     read_origin,
@@ -90,7 +91,7 @@ class PartialCovariance(Origin):
         """The partial that was sent.
 
         Raises:
-            PartialRefused: `reason` is "version" for a newer sender and "malformed" for anything else.
+            PartialRefused: `reason` is one of `REFUSAL_REASONS`.
         """
         header, mean, scatter = wire
         origin = read_origin(header, SCATTER)
@@ -105,6 +106,7 @@ class PartialCovariance(Origin):
         if (finite or not tokens) and not (0 <= trace <= most and 0 <= frobenius_sq <= most**2):
             raise PartialRefused("malformed", f"trace {trace} or frobenius_sq {frobenius_sq} is out of range")
         length = packed_offset(width, stop) - packed_offset(width, start)
+        check_size(length, np.float32)
         check_array("mean", mean, np.float64, width)
         check_array("scatter", scatter, np.float32, length if finite and tokens else 0)
         if finite and not np.isfinite(mean).all():
@@ -167,12 +169,13 @@ class PartialSamples(Origin):
         """The partial that was sent.
 
         Raises:
-            PartialRefused: `reason` is "version" for a newer sender and "malformed" for anything else.
+            PartialRefused: `reason` is one of `REFUSAL_REASONS`.
         """
         header, mean, flat = wire
         origin = read_origin(header, SAMPLES)
         width = integer(header, "width", least=1, most=MAX_WIDTH)
         tokens = integer(header, "tokens", most=MAX_TOKENS)
+        check_size(tokens * width, payload_dtype(header))
         check_array("mean", mean, np.float64, 0)
         check_array("samples", flat, payload_dtype(header), tokens * width)
         return cls(**origin, samples=flat.reshape(tokens, width))
@@ -188,9 +191,10 @@ def partial_from_wire(wire: WirePartial) -> Partial:
     """One rank's partial that was sent, in the form that its header names.
 
     Raises:
-        PartialRefused: `reason` is "version" for a newer sender and "malformed" for anything else.
+        PartialRefused: `reason` is one of `REFUSAL_REASONS`.
     """
-    samples = isinstance(wire.header, dict) and wire.header.get("form") == SAMPLES
+    form = wire.header.get("form") if isinstance(wire.header, dict) else None
+    samples = isinstance(form, str) and form == SAMPLES
     return PartialSamples.from_wire(wire) if samples else PartialCovariance.from_wire(wire)
 
 

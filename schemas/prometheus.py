@@ -34,6 +34,12 @@ RUN_INFO = Family(
     "eigenwatch_run_info", "gauge", "1 for each running run; what it is stands in the labels.",
     ("run", "attempt", "world_size", "layers"),
 )  # fmt: skip
+RUN_ID_IN_USE = Family(
+    "eigenwatch_run_id_in_use",
+    "gauge",
+    "1 while two jobs train under this run id at once, else 0.",
+    ("run",),
+)
 BUILD_INFO = Family(
     "eigenwatch_build_info", "gauge", "1; the versions stand in the labels.", ("version", "torch", "ray")
 )
@@ -83,6 +89,7 @@ FAMILIES = (
     LAST_RECORD_TIMESTAMP,
     LAST_RECORD_STEP,
     RUN_INFO,
+    RUN_ID_IN_USE,
     BUILD_INFO,
     ALERT_ACTIVE,
     PARTIALS_RECEIVED,

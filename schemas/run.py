@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .keys import SITES, check_run_id
 from .tiles import row_blocks
+from .wire import MAX_NUMBER, MAX_WIDTH
 
 
 class Block(NamedTuple):
@@ -40,6 +41,13 @@ class LayerDescription:
     def __post_init__(self) -> None:
         if self.site not in SITES:
             raise ValueError(f"site must be one of {SITES}, got {self.site!r}")
+        for name, value, least, most in (
+            ("layer", self.layer, 0, MAX_NUMBER),
+            ("width", self.width, 1, MAX_WIDTH),
+            ("expert", self.expert or 0, 0, MAX_NUMBER),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must lie in [{least}, {most}], got {value} for {self.name}")
         if len(set(self.ranks)) != len(self.ranks):
             raise ValueError(f"a rank holds one share of a layer, got shares={self.shares}")
 
@@ -76,8 +84,14 @@ class RunDescription:
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> RunDescription:
-        """Raises ValueError or TypeError where the wire form is not a description."""
-        layers = tuple(
-            LayerDescription(**(layer | {"shares": tuple(map(tuple, layer["shares"]))})) for layer in wire["layers"]
-        )
-        return cls(**(wire | {"layers": layers}))
+        """Raises ValueError where the wire form is not a description that this version understands."""
+        try:
+            layers = tuple(
+                LayerDescription(**(layer | {"shares": tuple(map(tuple, layer["shares"]))})) for layer in wire["layers"]
+            )
+            return cls(**(wire | {"layers": layers}))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"this run's description is not understood ({error}): agent and aggregator are of different versions, "
+                "install the same eigenwatch on both sides"
+            ) from error

@@ -98,6 +98,34 @@ RUNS = pa.schema(
         pa.field("tags", pa.map_(pa.string(), pa.string()), nullable=False),
         pa.field("started_at", _TIME, nullable=False),
         pa.field("ended_at", _TIME),
+        # Null where nothing was said of it yet: whether another launch of this run id trains at the same time,
+        pa.field("run_id_in_use", pa.bool_()),
+        # how many partials were lost or refused, by reason,
+        pa.field("dropped", pa.map_(pa.string(), pa.int64())),
+        # and who counted them, for an aggregator that starts again: see `aggregator.recovery`.
+        pa.field(
+            "counters",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("shard", pa.string()),
+                        pa.field("received", pa.int64()),
+                        pa.field("messages", pa.int64()),
+                        pa.field("duplicated", pa.int64()),
+                        pa.field("records_written", pa.int64()),
+                        pa.field("dropped", pa.map_(pa.string(), pa.int64())),
+                    ]
+                )
+            ),
+        ),
+        pa.field(
+            "losses",
+            pa.list_(
+                pa.struct(
+                    [pa.field("rank", pa.int32()), pa.field("reason", pa.string()), pa.field("partials", pa.int64())]
+                )
+            ),
+        ),
         _WRITTEN_AT,
     ],
     metadata=_METADATA,

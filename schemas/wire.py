@@ -1,7 +1,7 @@
 """A partial as it travels, and the checks that everything that arrives must pass before it is believed.
 
 A header of plain numbers and strings and two arrays, so that neither a Ray worker nor a reader of a spool needs a
-class of ours.
+class of ours. Couriers check what they read before they push it, shards what is pushed, by the same functions.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ MAX_WIDTH = 1 << 17
 MAX_TOKENS = 1 << 40
 MAX_TRACE = MAX_WIDTH * float(np.finfo(np.float32).max)
 """What float32 entries can add up to; beyond it sums of squares would overflow."""
+MAX_STEP = 1 << 53
+"""A gauge, which is a float64, still shows it exactly. Within a launch any step may come after any other: sampling is
+sparse, a restart goes back, and some count tokens rather than steps, which reaches 10^13."""
+MAX_NUMBER = (1 << 31) - 1
+"""Of attempts, layers, experts and ranks: their columns are int32."""
+MAX_PAYLOAD_BYTES = 1 << 32
+"""The whole scatter of D=28 672 is 1.7 GB, and wider layers come in blocks of a tensor-parallel group."""
 MAX_TIME_SECONDS = 253_402_300_799.0
 """The year 9999."""
 MAX_RATIO = 1e6
@@ -33,8 +40,23 @@ ROWS_DTYPES: dict[str, np.dtype[Any]] = {
 """How activation rows travel, by the name of the training's dtype: numpy has no bfloat16, so its bits go as uint16."""
 
 
+REFUSAL_REASONS = {
+    "malformed": "not a partial, or its numbers and arrays do not fit together",
+    "version": "from a newer sender",
+    "too_large": "more bytes than a partial may have",
+    "step": "a step beyond what can be counted",
+    "future": "captured more than a day ahead of the aggregator's clock",
+    "width": "another width than its run announced for the layer",
+    "unexpected": "a layer, rank or block of rows that its run did not announce",
+    "contradiction": "another number of tokens, or the same rows, as a block of its share that came before",
+    "unknown_run": "of a run that nobody announced, again and again",
+    "failed": "an error of the aggregator's own",
+}
+"""What a refused partial is counted under, and why."""
+
+
 class PartialRefused(ValueError):
-    """A partial that cannot be used; `reason` is the label under which it is counted."""
+    """A partial that cannot be used; `reason` is the label under which it is counted, of `REFUSAL_REASONS`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -94,26 +116,28 @@ def read_origin(header: Any, form: str) -> dict[str, Any]:
     """The fields of `Origin`, by name, from the header of a partial of this form.
 
     Raises:
-        PartialRefused: `reason` is "version" for a newer sender and "malformed" for anything else.
+        PartialRefused: `reason` is "version" for a newer sender, "step" for one that is out of range, and "malformed"
+            for anything else.
     """
     if not isinstance(header, dict):
         raise PartialRefused("malformed", "the header is not a mapping")
     version = header.get("version")
-    if not isinstance(version, int) or not 1 <= version <= WIRE_VERSION:
+    if type(version) is not int or not 1 <= version <= WIRE_VERSION:
         raise PartialRefused(
-            "version", f"wire version {shown(version)} is not understood; this side speaks up to {WIRE_VERSION}"
+            "version",
+            f"wire version {shown(version)} is not understood; this side speaks up to {WIRE_VERSION}: upgrade it first",
         )
-    if header.get("form") != form:
+    if not isinstance(header.get("form"), str) or header["form"] != form:
         raise PartialRefused("malformed", f"form must be {form!r}, got {shown(header.get('form'))}")
     key = RecordKey(
         run_id=_run_id(header),
-        attempt=integer(header, "attempt"),
-        step=integer(header, "step"),
-        layer=integer(header, "layer"),
+        attempt=integer(header, "attempt", most=MAX_NUMBER),
+        step=_step(header),
+        layer=integer(header, "layer", most=MAX_NUMBER),
         site=_site(header),
-        expert=None if header.get("expert") is None else integer(header, "expert"),
+        expert=None if header.get("expert") is None else integer(header, "expert", most=MAX_NUMBER),
     )
-    rank = integer(header, "rank")
+    rank = integer(header, "rank", most=MAX_NUMBER)
     return {
         "key": key,
         "rank": rank,
@@ -147,8 +171,19 @@ def number(header: dict[str, Any], name: str, most: float) -> float:
     return value
 
 
+def check_size(numbers: int, dtype: DTypeLike) -> None:
+    """Refuses a payload of so many numbers by what its header announces, whatever has come and before more is done.
+
+    Raises:
+        PartialRefused: `reason` is "too_large".
+    """
+    announced = numbers * np.dtype(dtype).itemsize
+    if announced > MAX_PAYLOAD_BYTES:
+        raise PartialRefused("too_large", f"a payload of {announced} bytes; at most {MAX_PAYLOAD_BYTES} are taken")
+
+
 def check_array(name: str, array: Any, dtype: DTypeLike, length: int) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != (length,):
+    if type(array) is not np.ndarray or array.dtype != dtype or array.shape != (length,):
         found = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise PartialRefused("malformed", f"{name} must be {np.dtype(dtype)} of shape ({length},), got {found}")
 
@@ -156,8 +191,17 @@ def check_array(name: str, array: Any, dtype: DTypeLike, length: int) -> None:
 def _run_id(header: dict[str, Any]) -> str:
     try:
         return check_run_id(header.get("run_id", ""))
-    except ValueError as error:
-        raise PartialRefused("malformed", str(error)) from None
+    except ValueError:
+        raise PartialRefused("malformed", f"run_id {shown(header.get('run_id'))} is not allowed") from None
+
+
+def _step(header: dict[str, Any]) -> int:
+    step = header.get("step")
+    if type(step) is not int:
+        raise PartialRefused("malformed", f"step must be an integer, got {shown(step)}")
+    if not 0 <= step <= MAX_STEP:
+        raise PartialRefused("step", f"step must lie in [0, {MAX_STEP}], got {shown(step)}")
+    return step
 
 
 def _site(header: dict[str, Any]) -> str:

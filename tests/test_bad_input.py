@@ -1,17 +1,24 @@
 """Bad input gets one clear line that names the input and the remedy, and no traceback."""
 
+import json
+import os
 import re
 import socket
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from eigenwatch.agent import attach
 from eigenwatch.history import open_history
+from eigenwatch.schemas.ray_token import token_environment
 from torch import nn
 
+from tests.aggregator.test_bad_partials import BAD
 from tests.jobs.launch import REPOSITORY
+from tests.processes import wait_until
+from tests.test_main_job import exposition
 
 
 class Block(nn.Module):
@@ -150,3 +157,28 @@ def test_what_one_rank_is_told_wrongly_all_hear_of():
     said = completed.stdout.splitlines()
     for rank in range(2):
         assert [line.removeprefix(f"{rank}: ") for line in said if line.startswith(f"{rank}: ")] == messages
+
+
+def test_bad_partials_are_refused_by_a_cluster_and_harm_nothing_around_them(served):
+    command = [sys.executable, "-m", "tests.jobs.stranger", served.address, "strangers"]
+    environment = dict(os.environ) | token_environment(os.environ)
+    completed = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=180, cwd=REPOSITORY, env=environment
+    )
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    replies = json.loads(completed.stdout.splitlines()[-1])
+    assert replies.pop("good") == ["merged"] * 8
+    assert replies == {what: [f"refused {bad.reason}"] * 8 for what, bad in BAD.items()}
+
+    def stored() -> list[dict]:
+        with open_history(served.store) as history:
+            return history.query(
+                "SELECT step, complete, finite, tokens FROM records WHERE run_id = 'strangers' ORDER BY step"
+            ).to_pylist()
+
+    wait_until(lambda: len(stored()) == 4, "the good ones")
+    assert stored() == [{"step": step, "complete": True, "finite": True, "tokens": 80} for step in range(100, 104)]
+    shown = wait_until(lambda: exposition(served.metrics_url).get("eigenwatch_partials_dropped"), "the counters")
+    found = {one.labels["reason"]: one.value for one in shown if one.labels["run"] == "strangers"}
+    expected = Counter(bad.reason for bad in BAD.values() if bad.run == "run")
+    assert found == {reason: 8 * partials for reason, partials in expected.items()}

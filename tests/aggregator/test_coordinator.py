@@ -1,13 +1,17 @@
-"""The coordinator: one attempt a launch, one row for whatever becomes of it."""
+"""The coordinator: one attempt a launch, one row for whatever becomes of it, and what a restart takes up of both."""
 
 import dataclasses
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from eigenwatch.aggregator.coordinator import Coordinator
-from eigenwatch.schemas import LayerDescription, RunDescription, table_folder
+from eigenwatch.aggregator.snapshot import RunCounters
+from eigenwatch.aggregator.writer import StoreWriter
+from eigenwatch.history import open_history
+from eigenwatch.schemas import RECORDS, LayerDescription, RunDescription, table_folder
 
 SHARDS = ["shard-0", "shard-1", "shard-2"]
 LAYERS = tuple(
@@ -106,7 +110,7 @@ def test_a_restarted_coordinator_knows_the_attempts_from_the_store(coordinator, 
     coordinator.open_run(launch("a"))
     coordinator.open_run(launch("b"))
     again = Coordinator(str(tmp_path), SHARDS)
-    assert not again.heartbeat("run", 1, 0, {})
+    assert not again.heartbeat("run", 2, 0, {})
     assert again.open_run(launch("b")) == coordinator.open_run(launch("b"))
     assert again.heartbeat("run", 1, 0, {})
     assert again.open_run(launch("c")).attempt == 2
@@ -185,3 +189,163 @@ def test_a_launch_of_which_nobody_was_heard_for_long_is_lost(coordinator, tmp_pa
     assert running(coordinator) == []
     assert coordinator.ended() == [("run", 0)]
     assert story(tmp_path)[-1] == (0, "a", "lost")
+
+
+def restarted(store: Path) -> Coordinator:
+    return Coordinator(str(store), SHARDS)
+
+
+def test_what_was_under_way_is_known_at_once_after_a_restart(coordinator, tmp_path):
+    coordinator.open_run(launch("a"))
+    finish(coordinator)
+    coordinator.open_run(launch("b"))
+    coordinator.open_run(launch("x", run_id="other"))
+    again = restarted(tmp_path)
+    assert running(again) == [("other", 0), ("run", 1)]
+    assert [(one.world_size, one.layers, one.heard) for one in again.running()] == [(2, 5, False)] * 2
+    assert again.heartbeat("run", 1, 0, {})
+    assert again.open_run(launch("x", run_id="other")).owners.keys() == {0, 1, 2, 3, 4}
+    assert [one.heard for one in again.running()] == [True, True]
+    finish(again, 1)
+    assert running(again) == [("other", 0)]
+    assert story(tmp_path)[-1] == (1, "b", "finished")
+    assert rows(tmp_path)[-1]["started_at"] == rows(tmp_path)[2]["started_at"]
+    assert rows(tmp_path)[-1]["layers"] == rows(tmp_path)[0]["layers"]
+
+
+def test_a_launch_whose_ranks_all_died_meanwhile_is_lost_in_time(coordinator, tmp_path, monkeypatch):
+    coordinator.open_run(launch("a"))
+    again = restarted(tmp_path)
+    monkeypatch.setattr("eigenwatch.aggregator.coordinator.LOST_SECONDS", -1.0)
+    assert running(again) == [("run", 0)], "its couriers may be on their way"
+    again._awaited_until = 0.0
+    assert running(again) == []
+    assert story(tmp_path)[-1] == (0, "a", "lost")
+    assert again.ended() == [("run", 0)]
+    assert running(restarted(tmp_path)) == []
+
+
+def record_of(store: Path, captured_at: datetime, attempt: int = 0, run_id: str = "run") -> None:
+    """A record as a shard writes it."""
+    now = datetime.now(UTC)
+    row = {field.name: None if field.nullable else 0 for field in RECORDS}
+    row |= {"site": "post", "form": "scatter", "attempt": attempt, "captured_at": captured_at, "written_at": now}
+    StoreWriter(store).append("records", run_id, [row | {"finite": True, "complete": True}])
+
+
+def test_a_launch_of_another_aggregator_on_the_store_is_left_to_that(coordinator, tmp_path, monkeypatch):
+    coordinator.open_run(launch("a"))
+    other = restarted(tmp_path)  # as an embedded aggregator of another job starts
+    other._awaited_until = 0.0
+    assert running(other) == []
+    monkeypatch.setattr("eigenwatch.aggregator.coordinator.LOST_SECONDS", 5.0)
+    for one in other._launches.values():
+        one.heard_at -= 100.0  # it was told nothing for long
+    record_of(tmp_path, datetime.now(UTC))
+    assert running(other) == []
+    assert story(tmp_path) == [(0, "a", "running")]
+    assert coordinator.heartbeat("run", 0, 0, {})
+
+
+def test_a_damaged_row_of_one_run_does_not_stop_the_others(coordinator, tmp_path, caplog):
+    coordinator.open_run(launch("a"))
+    coordinator.open_run(launch("x", run_id="other"))
+    next(table_folder(tmp_path, "run", "runs").glob("part-*")).write_bytes(b"PAR1 and no more")
+    (tmp_path / "run_id=..odd" / "runs").mkdir(parents=True)
+    again = restarted(tmp_path)
+    assert running(again) == [("other", 0)]
+    assert "run run: what was under way is not known" in caplog.text
+
+
+COUNTED = {"s1": {"run": RunCounters(10, 1, 5, (("late", 2),))}, "s2": {"run": RunCounters(7, 0, 4)}}
+
+
+def earlier(coordinator: Coordinator, counted: dict[str, Any]) -> RunCounters:
+    (state,) = coordinator.running(counted)
+    return state.earlier
+
+
+def test_what_a_shard_had_counted_before_it_died_stays_counted(coordinator):
+    coordinator.open_run(launch("a"))
+    assert earlier(coordinator, COUNTED) == RunCounters()
+    after = {"s1-again": {"run": RunCounters(1)}, "s2": COUNTED["s2"]}
+    assert earlier(coordinator, after) == COUNTED["s1"]["run"]
+    assert earlier(coordinator, after) == COUNTED["s1"]["run"], "once"
+    twice = {"s1-once-more": {}, "s2": COUNTED["s2"]}
+    assert earlier(coordinator, twice) == RunCounters(11, 1, 5, (("late", 2),))
+    finish(coordinator)
+    coordinator.open_run(launch("b"))
+    assert earlier(coordinator, twice) == RunCounters(), "another launch of the run begins anew"
+
+
+def test_counters_survive_the_coordinator_and_everything_else(coordinator, tmp_path):
+    coordinator.open_run(launch("a"))
+    coordinator.heartbeat("run", 0, 1, {"outbox_full": 3})
+    coordinator.running(COUNTED)
+    coordinator.close(COUNTED)
+    alone = restarted(tmp_path)
+    assert earlier(alone, COUNTED) == RunCounters(), "the shards are the same"
+    all_new = restarted(tmp_path)
+    assert earlier(all_new, {"s3": {}}) == RunCounters(17, 1, 9, (("late", 2),))
+    (state,) = all_new.running({"s3": {}})
+    assert state.dropped == {"outbox_full": 3}
+    all_new.heartbeat("run", 0, 1, {"outbox_full": 4})
+    assert all_new.running({"s3": {}})[0].dropped == {"outbox_full": 4}
+    all_new.close({"s3": {}})
+    assert rows(tmp_path)[-1]["dropped"] == [("late", 2), ("outbox_full", 4)]
+
+
+def test_a_row_says_what_was_counted_once_a_minute_and_at_the_end(coordinator, tmp_path, monkeypatch):
+    coordinator.open_run(launch("a"))
+    for received in range(5):
+        coordinator.running({"s1": {"run": RunCounters(received)}})
+    assert len(rows(tmp_path)) == 1
+    monkeypatch.setattr("eigenwatch.aggregator.coordinator.COUNTERS_SECONDS", 0.0)
+    coordinator._launches[("run", 0)].next_row = 0.0
+    for received in (5, 5, 5, 6):
+        coordinator.running({"s1": {"run": RunCounters(received)}})
+    assert [row["counters"][0]["received"] if row["counters"] else 0 for row in rows(tmp_path)] == [0, 5, 6]
+    coordinator.heartbeat("run", 0, 0, {"spool_error": 1})
+    monkeypatch.setattr("eigenwatch.aggregator.coordinator.COUNTERS_SECONDS", 60.0)
+    coordinator.running(COUNTED)
+    finish(coordinator)
+    last = rows(tmp_path)[-1]
+    assert (last["status"], last["run_id_in_use"]) == ("finished", False)
+    with open_history(tmp_path) as history:
+        (seen,) = history.query("SELECT status, dropped['late'] AS late, len(counters) AS shards FROM runs").to_pylist()
+    assert seen == {"status": "finished", "late": 2, "shards": 2}
+
+
+def test_a_run_id_that_two_jobs_use_at_once_is_told(coordinator, tmp_path, monkeypatch, caplog):
+    coordinator.open_run(launch("a"))
+    coordinator.open_run(launch("b"))
+    now = datetime.now(UTC)
+    for captured_at in (now - timedelta(days=1), now + timedelta(seconds=30)):
+        record_of(tmp_path, captured_at)  # what the first left, delivered late, and by a clock that is fast
+    record_of(tmp_path, now + timedelta(seconds=90), attempt=1)
+
+    def told() -> list[bool]:
+        coordinator._next_look = 0.0
+        assert coordinator.heartbeat("run", 0, 0, {})
+        return [one.in_use for one in coordinator.running()]
+
+    assert told() == [False]
+    record_of(tmp_path, now + timedelta(seconds=90))
+    assert told() == told() == told() == [True]
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["run_id_in_use"]
+    assert running(coordinator) == [("run", 1)]
+    assert [(row["attempt"], row["run_id_in_use"]) for row in rows(tmp_path)[-2:]] == [(0, True), (1, True)]
+    again = restarted(tmp_path)
+    assert [one.in_use for one in again.running()] == [True]
+    finish(coordinator, 0)
+    assert [one.in_use for one in coordinator.running()] == [False]
+    assert coordinator.open_run(launch("a")).attempt == 0, "nobody is refused"
+
+
+def test_two_aggregators_on_one_store_see_that_their_jobs_use_one_run_id(coordinator, tmp_path):
+    other = restarted(tmp_path)
+    coordinator.open_run(launch("a"))
+    assert other.open_run(launch("b")).attempt == 1
+    record_of(tmp_path, datetime.now(UTC) + timedelta(seconds=90))
+    assert [one.in_use for one in other.running()] == [True]
+    assert story(tmp_path) == [(0, "a", "running"), (1, "b", "running"), (1, "b", "running")]

@@ -61,9 +61,9 @@ TYPICAL = Snapshot(
                 Alert(series(0), "collapse", "critical", True),
                 Alert(series(1), "collapse", "critical", False),
             ),
-            run=RunCounters(10, 4, 2, 5, (("width", 1), ("outbox_full", 3))),
+            run=RunCounters(10, 2, 5, (("width", 1), ("outbox_full", 3)), 4),
         ),
-        shard(record(series(2, site="pre", expert=7)), run=RunCounters(7, 7, 0, 1)),
+        shard(record(series(2, site="pre", expert=7)), run=RunCounters(7, 0, 1, (), 7)),
     ],
 )
 
@@ -265,3 +265,18 @@ def test_several_endpoints_live_in_one_process(shown):
     other.snapshot = TYPICAL._replace(runs=[], shards=[])
     assert shown.values("eigenwatch_hard_rank", "layer") != other.values("eigenwatch_hard_rank", "layer")
     other.endpoint.close()
+
+
+def test_what_shards_counted_that_are_no_more_stays_in_the_counters(shown):
+    earlier = RunCounters(100, 20, 50, (("width", 7), ("late", 1)))
+    shown.snapshot = TYPICAL._replace(runs=[running(outbox_full=2)._replace(earlier=earlier)])
+    assert shown.values("eigenwatch_partials_received", "run") == {("run",): 117}
+    assert shown.values("eigenwatch_partials_duplicated", "run") == {("run",): 22}
+    assert shown.values("eigenwatch_records_written", "run") == {("run",): 56}
+    assert shown.values("eigenwatch_partials_dropped", "reason") == {("late",): 1, ("outbox_full",): 5, ("width",): 8}
+
+
+def test_a_run_id_that_two_jobs_use_is_shown(shown):
+    assert shown.values("eigenwatch_run_id_in_use", "run") == {("run",): 0}
+    shown.snapshot = TYPICAL._replace(runs=[running()._replace(in_use=True)])
+    assert shown.values("eigenwatch_run_id_in_use", "run") == {("run",): 1}

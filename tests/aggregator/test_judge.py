@@ -102,3 +102,57 @@ def test_what_ended_is_forgotten(judge):
     (row,) = tell(judge, range(WINDOW), COLLAPSED)
     assert row["state"] == "firing", "it starts from nothing, so that an older step is judged"
     assert row["alert_id"] != before["alert_id"]
+
+
+def continued(judge: Judge, rows: list[dict], *records: tuple[int, dict], key: RecordKey = KEY) -> Judge:
+    """A judge that takes up from the store what another wrote: the newest records of a series, and its alerts."""
+    series = key.series
+    judged = [{**values, "width": 2048, "finite": True, "step": step} for step, values in records]
+    again = Judge()
+    again.recall({series: judged}, {(series, row["kind"]): row for row in rows})
+    assert firing(again) == firing(judge)
+    return again
+
+
+def test_a_window_goes_on_after_a_restart_as_if_there_had_been_none(judge):
+    assert tell(judge, range(WINDOW - 1), COLLAPSED) == []
+    again = continued(judge, [], *((step, COLLAPSED) for step in range(WINDOW - 1)))
+    assert tell(again, range(WINDOW - 1), COLLAPSED) == [], "these are judged already"
+    (row,) = tell(again, [WINDOW], COLLAPSED)
+    assert row["evidence_steps"] == [*range(WINDOW - 1), WINDOW]
+    assert row["since_step"] == 0
+
+
+def test_an_alert_that_fires_does_not_fire_again_and_ends_under_its_id(judge):
+    (fired,) = tell(judge, range(WINDOW), COLLAPSED)
+    again = continued(judge, [fired], *((step, COLLAPSED) for step in range(WINDOW)))
+    assert tell(again, range(WINDOW, 20), COLLAPSED) == []
+    (resolved,) = tell(again, range(20, 30), HEALTHY)
+    assert (resolved["state"], resolved["alert_id"], resolved["since_step"]) == ("resolved", fired["alert_id"], 0)
+    thrice = continued(again, [resolved], *((step, HEALTHY) for step in range(20, 20 + WINDOW)))
+    (anew,) = tell(thrice, range(40, 50), COLLAPSED)
+    assert anew["alert_id"] != fired["alert_id"]
+
+
+def test_an_alert_whose_row_was_written_but_not_its_record_does_not_fire_twice(judge):
+    (fired,) = tell(judge, range(WINDOW), COLLAPSED)
+    again = continued(judge, [fired], *((step, COLLAPSED) for step in range(WINDOW - 1)))
+    assert tell(again, range(WINDOW - 1, 10), COLLAPSED) == [], "the record comes again, since it was not durable"
+
+
+def test_an_alert_of_which_nothing_was_written_is_raised_when_its_record_comes_again(judge):
+    (lost,) = tell(judge, range(WINDOW), COLLAPSED)
+    again = Judge()
+    rows = [{**COLLAPSED, "width": 2048, "finite": True, "step": step} for step in range(WINDOW - 1)]
+    again.recall({KEY.series: rows}, {})
+    assert again.alerts == {}
+    (row,) = tell(again, [WINDOW - 1], COLLAPSED)
+    assert {**row, "alert_id": lost["alert_id"]} == lost
+
+
+def test_an_alert_whose_records_are_all_durable_but_not_its_row_is_raised_by_the_next(judge):
+    again = Judge()
+    rows = [{**COLLAPSED, "width": 2048, "finite": True, "step": step} for step in range(WINDOW)]
+    again.recall({KEY.series: rows}, {})
+    (row,) = tell(again, [WINDOW], COLLAPSED)
+    assert row["state"] == "firing"

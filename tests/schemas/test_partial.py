@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from eigenwatch.schemas import (
+    REFUSAL_REASONS,
     ROWS_DTYPES,
     SITES,
     WIRE_VERSION,
+    Partial,
     PartialCovariance,
     PartialRefused,
     PartialSamples,
@@ -21,8 +24,11 @@ from eigenwatch.schemas import (
     partial_from_wire,
     payload_dtype,
 )
+from eigenwatch.spectrum import covariance_of, merge
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.spectrum.cases import partial_of
 
 WIDTH = 3
 HEADER: dict[str, Any] = {
@@ -205,8 +211,9 @@ def test_a_newer_sender_is_told_from_a_malformed_partial(version):
     "changes",
     [
         {"run_id": "a/b"}, {"run_id": None}, {"site": "middle"}, {"site": None}, {"site": ["post"]},
-        {"attempt": -1}, {"step": -1}, {"layer": 1 << 63}, {"rank": True}, {"rank": 1.0}, {"rank": "1"},
-        {"expert": -1}, {"expert": "0"}, {"tokens": 0}, {"tokens": 2.5}, {"share": 2}, {"share": -1},
+        {"attempt": -1}, {"step": "1"}, {"layer": 1 << 31}, {"rank": True}, {"rank": 1.0}, {"rank": "1"},
+        {"expert": -1}, {"expert": "0"}, {"expert": 1 << 31}, {"tokens": 0}, {"tokens": -1},
+        {"tokens": 2.5}, {"share": 2}, {"share": -1},
         {"rows": None}, {"rows": [0]}, {"rows": [0, 3, 3]}, {"rows": [0, 4]}, {"rows": [-1, 3]}, {"rows": [3, 3]},
         {"rows": [2, 1]}, {"rows": [0, True]}, {"rows": [0.0, 3.0]}, {"rows": "03"}, {"rows": (0, 3)}, {"rows": [0, 2]},
         {"form": "samples"}, {"form": None}, {"width": 0}, {"width": (1 << 17) + 1},
@@ -214,12 +221,48 @@ def test_a_newer_sender_is_told_from_a_malformed_partial(version):
         {"captured_at": "now"}, {"mean": MEAN.astype(np.float32)}, {"mean": MEAN[:-1]}, {"mean": MEAN[None]},
         {"mean": np.array([0.0, np.nan, 0.0])}, {"mean": [0.0, 1.0, 2.0]}, {"mean": None}, {"mean": MEAN.astype(">f8")},
         {"scatter": SCATTER.astype(np.float64)}, {"scatter": SCATTER.reshape(3, 3)}, {"scatter": SCATTER[:-1]},
-        {"scatter": NOTHING}, {"scatter": b""}, {"width": WIDTH + 1},
+        {"scatter": NOTHING}, {"scatter": b""}, {"width": WIDTH + 1}, {"form": MEAN}, {"version": True, "form": MEAN},
+        {"scatter": np.ma.masked_array(SCATTER)}, {"run_id": "x" * 1000},
     ],
     ids=str,
 )  # fmt: skip
 def test_what_is_malformed_is_refused(changes):
-    assert refusal(wire(**changes)).reason == "malformed"
+    refused = refusal(wire(**changes))
+    assert refused.reason == ("version" if "version" in changes else "malformed")
+    assert len(str(refused)) < 300
+
+
+@pytest.mark.parametrize("step", [-1, (1 << 53) + 1, 1 << 63, 10**4000])
+def test_a_step_that_no_job_reaches_is_refused(step):
+    assert refusal(wire(step=step)).reason == refusal(wire_samples(step=step)).reason == "step"
+
+
+@pytest.mark.parametrize("step", [0, 15 * 10**12, 1 << 53])
+def test_steps_may_be_counted_in_tokens(step):
+    assert partial_from_wire(wire(step=step)).key.step == step
+
+
+def test_a_message_is_refused_by_the_size_that_it_announces_whatever_comes_with_it():
+    wide, ten_gigabytes = 1 << 17, 5_000_000_000
+    for sent in (
+        wire(width=wide, rows=[0, wide]),
+        wire(width=wide, rows=[0, wide], scatter=None, mean=None),
+        wire_samples(width=5, tokens=ten_gigabytes // 5, dtype="bfloat16"),
+        wire_samples(tokens=1 << 40, rows=None),
+    ):
+        refused = refusal(sent)
+        assert refused.reason == "too_large"
+        assert "at most 4294967296 are taken" in str(refused)
+
+
+def test_the_widest_layer_of_the_largest_models_fits_whole_and_twice_that_in_blocks():
+    width = 28_672  # "malformed" where only the arrays are not there, which nobody wants to allocate here
+    for rows in ([0, width], [0, width // 2]):
+        assert refusal(wire(width=width, rows=rows)).reason == "malformed", (
+            "the arrays are not there, the size is right"
+        )
+    assert refusal(wire(width=2 * width, rows=[0, 2 * width])).reason == "too_large"
+    assert refusal(wire(width=2 * width, rows=[0, 10_000])).reason == "malformed"
 
 
 @pytest.mark.parametrize("name", sorted(HEADER.keys() - {"expert"}))
@@ -239,7 +282,7 @@ def test_a_header_that_is_no_mapping_is_refused():
 JUNK: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2, WIDTH, 2**31, 2**63 - 1, 2**63, 10**400, -0.0, 0.5, 3.0, 1e300, math.nan, math.inf,
     -math.inf, "", "run", "a/b", "post", "pre", "x" * 128, "x" * 129, "3", b"", b"run", (), [], [1], {}, {"a": 1}, 1j,
-    object, np.int64(1), np.float64(1.0), np.float32("nan"),
+    object, np.int64(1), np.float64(1.0), np.float32("nan"), np.zeros(2), np.zeros(0), [[0, 3]], {"form": "samples"},
 )  # fmt: skip
 EVERYTHING = HEADER | SAMPLES_HEADER
 changes = st.lists(
@@ -256,6 +299,7 @@ changes = st.lists(
     ),
     max_size=3,
 )
+anything = st.recursive(st.sampled_from(JUNK) | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4)
 removed = st.sampled_from([None] * 30 + sorted(EVERYTHING))
 values = st.sampled_from([0.0, 1.0, -1.0, 1e38, np.nan, np.inf])
 lengths = st.sampled_from([None] * 6 + [0, 1, WIDTH, WIDTH + 1, WIDTH * WIDTH])
@@ -296,14 +340,44 @@ def wires(draw: st.DrawFn) -> WirePartial:
     return WirePartial(header, mean, scatter)
 
 
+@given(
+    header=st.dictionaries(st.sampled_from(sorted(EVERYTHING)) | st.text(max_size=9), anything) | anything,
+    mean=anything | st.just(MEAN),
+    payload=anything | st.just(SCATTER),
+)
+@settings(deadline=None, max_examples=500)
+def test_anything_at_all_is_refused_in_one_line(header, mean, payload):
+    with pytest.raises(PartialRefused) as refused:
+        partial_from_wire(WirePartial(header, mean, payload))
+    assert refused.value.reason in REFUSAL_REASONS
+    assert len(str(refused.value)) < 300
+
+
+def merge_with_another(partial: Partial) -> None:
+    """What was accepted adds to a good partial of the same record, and takes nothing from it but its finiteness."""
+    good_ND = torch.arange(3.0 * partial.width).reshape(3, -1).sin()
+    rank = partial.rank + 1
+    good = partial_of(good_ND, rank=rank, key=partial.key)
+    with np.errstate(all="ignore"):
+        covariance = covariance_of(partial) if isinstance(partial, PartialSamples) else partial
+    group = merge([good, covariance])
+    assert group.ranks == {partial.rank, rank}
+    whole = partial.rows == (0, partial.width)
+    assert group.tokens == 3 + (partial.tokens if whole else 0)
+    if group.finite:
+        assert group.covariance().shape == (partial.width, partial.width)
+
+
 @given(wires())
 @settings(deadline=None, max_examples=2000)
 def test_whatever_arrives_is_a_valid_partial_or_refused(sent):
     try:
         partial = partial_from_wire(sent)
     except PartialRefused as refused:
-        assert refused.reason in ("malformed", "version")  # noqa: PT017 - either outcome is right
+        assert refused.reason in REFUSAL_REASONS  # noqa: PT017 - either outcome is right
+        assert "\n" not in str(refused)  # noqa: PT017
         return
+    merge_with_another(partial)
     key = partial.key
     assert check_run_id(key.run_id) == key.run_id
     assert key.site in SITES

@@ -1,0 +1,209 @@
+"""What a coordinator or a shard that starts again takes up from the store: the launches that were under way, what had
+been counted of them, and of each series the newest records and the alerts.
+
+Pure reading; who owns the state decides what to do with it. Files are narrow and many: what is wide is read only of the
+few rows that count.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from ..schemas import ALERTS, RECORDS, RUN_ID_PATTERN, RUNS, LayerDescription, RunDescription, SeriesKey, table_folder
+from .snapshot import RunCounters
+
+log = logging.getLogger("eigenwatch.aggregator")
+
+_SERIES = ["layer", "site", "expert"]
+_JUDGED = ["hard_rank", "hard_utilization", "spectral_concentration", "width", "finite"]
+
+
+class StoredLaunch(NamedTuple):
+    """A launch that the store says is running."""
+
+    run: RunDescription
+    """Its layers without their shares, which no row tells."""
+    attempt: int
+    started_at: datetime
+    heard_at: datetime
+    """When the newest row or record of it was written."""
+    run_id_in_use: bool
+    counters: dict[str, RunCounters]
+    """By the incarnation of the shard that counted."""
+    losses: dict[int, dict[str, int]]
+    """Partials that the ranks lost, by rank and reason."""
+
+
+class SeriesMemory(NamedTuple):
+    """The newest of one series."""
+
+    latest: dict[str, Any]
+    """The newest row of `records`, all columns."""
+    judged: list[dict[str, Any]]
+    """The newest rows that a detector saw, one a step, oldest first."""
+
+
+def launches_under_way(store: Path, run_id: str | None = None) -> list[StoredLaunch]:
+    """The launches of a run, or of all, whose newest row says "running"."""
+    folders = [table_folder(store, run_id, "runs")] if run_id is not None else sorted(store.glob("run_id=*/runs"))
+    found = []
+    for folder in folders:
+        run = folder.parent.name.removeprefix("run_id=")
+        if not folder.is_dir() or not RUN_ID_PATTERN.fullmatch(run):
+            continue
+        try:
+            launches = [_launch(run, row) for row in _newest_rows(folder)]
+            found += [one._replace(heard_at=last_written(store, run, one.attempt) or one.heard_at) for one in launches]
+        except (
+            OSError,
+            pa.ArrowException,
+            ValueError,
+            TypeError,
+        ) as error:  # it must not keep the others from starting
+            log.error("run %s: what was under way is not known, %s cannot be read: %s", run, folder, error)
+    return found
+
+
+def last_written(store: Path, run_id: str, attempt: int) -> datetime | None:
+    """When the newest row or record of a launch was written: somebody heard of it until then at least."""
+    newest = []
+    for table, schema in (("runs", RUNS), ("records", RECORDS)):
+        folder = table_folder(store, run_id, table)
+        if folder.is_dir():
+            try:
+                written = _rows(folder, schema, ["written_at"], ds.field("attempt") == attempt)["written_at"]
+            except (OSError, pa.ArrowException) as error:
+                log.error("run %s: %s cannot be read: %s", run_id, folder, error)
+                continue
+            newest.append(pc.max(written).as_py())
+    return max((one for one in newest if one is not None), default=None)
+
+
+def captured_after(store: Path, run_id: str, attempt: int, moment: datetime) -> bool:
+    """Whether the store has a record of this launch that was captured later than that."""
+    folder = table_folder(store, run_id, "records")
+    if not folder.is_dir():
+        return False
+    wanted = (ds.field("attempt") == attempt) & (ds.field("captured_at") > pa.scalar(moment, pa.timestamp("us", "UTC")))
+    try:
+        return bool(_rows(folder, RECORDS, ["step"], wanted).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        log.error("run %s: %s cannot be read: %s", run_id, folder, error)
+        return False
+
+
+def series_memory(store: Path, run_id: str, attempt: int, samples: int) -> dict[SeriesKey, SeriesMemory]:
+    """The newest of each series of a launch, with as many judged steps as `samples`."""
+    folder = table_folder(store, run_id, "records")
+    if not folder.is_dir():
+        return {}
+    of_launch = ds.field("attempt") == attempt
+    columns = ["step", *_SERIES, *_JUDGED, "written_at"]
+    table = _rows(folder, RECORDS, columns, of_launch).sort_by([("step", "descending"), ("written_at", "descending")])
+    if not table.num_rows:
+        return {}
+    table = table.append_column("row", pa.array(range(table.num_rows)))
+    grouped = table.group_by(_SERIES, use_threads=False).aggregate([("row", "list")])
+    rows_of = {
+        SeriesKey(run_id, attempt, **{name: group[name] for name in _SERIES}): numbers
+        for group, numbers in zip(grouped.select(_SERIES).to_pylist(), grouped["row_list"], strict=True)
+    }
+    newest = table.take([numbers.values[0].as_py() for numbers in rows_of.values()]).select(["step", "written_at"])
+    wide = _rows(folder, RECORDS, RECORDS.names, of_launch & ds.field("step").isin(pc.unique(newest["step"])))
+    latest: dict[SeriesKey, dict[str, Any]] = {}
+    for row in wide.sort_by([("step", "ascending"), ("written_at", "ascending")]).to_pylist():
+        latest[_series(run_id, row)] = row
+    return {
+        series: SeriesMemory(latest[series], _newest_judged(table, numbers.values, samples))
+        for series, numbers in rows_of.items()
+    }
+
+
+def stored_alerts(store: Path, run_id: str, attempt: int) -> dict[tuple[SeriesKey, str], dict[str, Any]]:
+    """The newest row of each kind of alert on each series of a launch."""
+    folder = table_folder(store, run_id, "alerts")
+    if not folder.is_dir():
+        return {}
+    table = _rows(folder, ALERTS, ALERTS.names, ds.field("attempt") == attempt)
+    rows = table.sort_by([("written_at", "ascending"), ("step", "ascending")]).to_pylist()
+    return {(_series(run_id, row), row["kind"]): row for row in rows}
+
+
+def counter_columns(counters: dict[str, RunCounters], losses: dict[int, dict[str, int]]) -> dict[str, Any]:
+    """The columns of `runs` that keep what `StoredLaunch` says was counted."""
+    dropped: dict[str, int] = {}
+    for counted in (*(dict(one.dropped) for one in counters.values()), *losses.values()):
+        for reason, partials in counted.items():
+            dropped[reason] = dropped.get(reason, 0) + partials
+    return {
+        "dropped": sorted(dropped.items()),
+        "counters": [
+            {"shard": shard, **one._asdict(), "dropped": list(one.dropped)} for shard, one in sorted(counters.items())
+        ],
+        "losses": [
+            {"rank": rank, "reason": reason, "partials": partials}
+            for rank, by_reason in sorted(losses.items())
+            for reason, partials in sorted(by_reason.items())
+        ],
+    }
+
+
+def _launch(run_id: str, row: dict[str, Any]) -> StoredLaunch:
+    layers = tuple(LayerDescription(**layer, shares=()) for layer in row["layers"])
+    run = RunDescription(
+        run_id=run_id, launch_id=row["launch_id"], world_size=row["world_size"], layers=layers, tags=dict(row["tags"])
+    )
+    counters = {
+        one["shard"]: RunCounters(
+            one["received"],
+            one["duplicated"],
+            one["records_written"],
+            tuple(map(tuple, one["dropped"])),
+            one["messages"] or 0,
+        )
+        for one in row["counters"] or ()
+    }
+    losses: dict[int, dict[str, int]] = {}
+    for one in row["losses"] or ():
+        losses.setdefault(one["rank"], {})[one["reason"]] = one["partials"]
+    in_use = bool(row["run_id_in_use"])
+    return StoredLaunch(run, row["attempt"], row["started_at"], row["written_at"], in_use, counters, losses)
+
+
+def _newest_rows(folder: Path) -> Iterable[dict[str, Any]]:
+    """Of each attempt, in order, whose newest row says that it runs."""
+    narrow = _rows(folder, RUNS, ["attempt", "written_at"]).group_by("attempt").aggregate([("written_at", "max")])
+    newest = dict(zip(narrow["attempt"].to_pylist(), narrow["written_at_max"].to_pylist(), strict=True))
+    wide = _rows(folder, RUNS, RUNS.names, ds.field("written_at").isin(pc.unique(narrow["written_at_max"])))
+    rows = {row["attempt"]: row for row in wide.to_pylist() if row["written_at"] == newest[row["attempt"]]}
+    return [row for _, row in sorted(rows.items()) if row["status"] == "running"]
+
+
+def _newest_judged(table: pa.Table, rows: pa.Array, samples: int) -> list[dict[str, Any]]:
+    judged: dict[int, dict[str, Any]] = {}
+    for number in rows:
+        row = table.slice(number.as_py(), 1)
+        if row["hard_rank"][0].is_valid and row["finite"][0].as_py():
+            judged.setdefault(row["step"][0].as_py(), row.to_pylist()[0])
+        if len(judged) == samples:
+            break
+    return [judged[step] for step in sorted(judged)]
+
+
+def _series(run_id: str, row: dict[str, Any]) -> SeriesKey:
+    return SeriesKey(run_id, row["attempt"], *(row[name] for name in _SERIES))
+
+
+def _rows(folder: Path, schema: pa.Schema, columns: list[str], wanted: ds.Expression | None = None) -> pa.Table:
+    try:
+        return ds.dataset(folder, schema=schema, format="parquet").to_table(columns, filter=wanted)
+    except FileNotFoundError:  # a compaction has merged what was listed
+        return ds.dataset(folder, schema=schema, format="parquet").to_table(columns, filter=wanted)
