@@ -15,6 +15,7 @@ from .tables import (
     SCHEMA_VERSION,
     STORE_VARIABLE,
     TABLES,
+    absolute_store,
     default_store,
     table_folder,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "SeriesKey",
     "Tile",
     "WirePartial",
+    "absolute_store",
     "check_run_id",
     "default_store",
     "packed_length",

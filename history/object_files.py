@@ -1,0 +1,36 @@
+"""An object store as DuckDB reads it: through pyarrow, by way of fsspec.
+
+DuckDB's own way, its extension httpfs, must be downloaded, and the session loads no extension. What is registered here
+opens files for reading and nothing else; which ones, `allowed_directories` says, as for a folder.
+"""
+
+from typing import Any
+
+from fsspec.implementations.arrow import ArrowFSWrapper
+
+from ..schemas.store import Store
+
+
+def object_files(store: Store) -> ArrowFSWrapper:
+    """A file system for `DuckDBPyConnection.register_filesystem`, for the scheme of the store's URI."""
+    return _ReadOnly(store)
+
+
+class _ReadOnly(ArrowFSWrapper):  # type: ignore[misc]
+    cachable = False
+
+    def __init__(self, store: Store) -> None:
+        self.protocol = store.uri.partition("://")[0]
+        super().__init__(store.filesystem)
+
+    def _strip_protocol(self, path: str) -> str:  # type: ignore[override]
+        return path.removeprefix(f"{self.protocol}://")
+
+    def glob(self, path: str, **_options: Any) -> list[str]:
+        """Views name files, not patterns; asking the server whether each is there would cost a request."""
+        return [path]
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        if mode != "rb":
+            raise PermissionError(f"{path} is open for reading only")
+        return super()._open(path, mode, **options)
