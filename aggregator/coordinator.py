@@ -19,7 +19,7 @@ from ..schemas.delivery import Opened
 from .ownership import owners
 from .snapshot import Launch, RunState
 from .stored import stored_attempts
-from .writer import StoreWriter
+from .writer import StoreWriter, UnwritableRows
 
 log = logging.getLogger("eigenwatch.aggregator")
 
@@ -167,5 +167,5 @@ class Coordinator:
         }
         try:
             self._writer.append("runs", run.run_id, [row])
-        except OSError as error:
+        except (OSError, UnwritableRows) as error:
             log.error("run %s: its row could not be written: %s", run.run_id, error)

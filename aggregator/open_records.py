@@ -94,6 +94,10 @@ class OpenRecords:
     def __contains__(self, key: RecordKey) -> bool:
         return key in self._open
 
+    def ranks(self, key: RecordKey) -> set[int]:
+        """Whose partials an open record holds."""
+        return set(self._open[key].ranks)
+
     def unsolved(self, key: RecordKey) -> bool:
         """Whether something of this record has come that is still to be solved."""
         entry = self._open.get(key)

@@ -16,7 +16,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..schemas import (
@@ -43,7 +42,7 @@ from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, Lau
 from .solved_record import SolvedRecord, rows_by_table, solve_record
 from .solver import Solver
 from .stored import stored_records
-from .writer import StoreWriter
+from .writer import StoreWriter, UnwritableRows
 
 log = logging.getLogger("eigenwatch.aggregator")
 
@@ -241,13 +240,17 @@ class Shard:
 
     def _drop(self, closed: ClosedRecord, reason: str) -> None:
         with self._changed:
-            ranks = len(closed.group.ranks)
-            self._dropped[(closed.key.run_id, reason)] += ranks
-            self._durable[closed.key] = max(ranks, self._durable.get(closed.key, 0))
-            self._given_up.setdefault(closed.key, set()).update(closed.group.ranks)
-            self._remember_no_more()
-            self._open.settled(closed.key)
+            self._lose(closed.key, set(closed.group.ranks), reason)
             self._ready(self._pairs.give_up(closed.key))
+
+    def _lose(self, key: RecordKey, ranks: set[int], reason: str) -> None:
+        with self._changed:
+            self._dropped[(key.run_id, reason)] += len(ranks)
+            self._durable[key] = max(len(ranks), self._durable.get(key, 0))
+            self._given_up.setdefault(key, set()).update(ranks)
+            self._remember_no_more()
+            self._open.settled(key)
+            self._unwritten = [one for one in self._unwritten if one.key != key]
             self._changed.notify_all()
 
     def _ready(self, solved: list[SolvedRecord]) -> None:
@@ -290,17 +293,27 @@ class Shard:
         for one in self._unwritten:
             by_run.setdefault(one.key.run_id, []).append(one)
         for run_id, batch in by_run.items():
-            tables = rows_by_table(batch, self._written_at)
             try:
-                for table, rows in tables.items():
-                    if rows:
-                        self._writer.append(table, run_id, rows)
-            except (OSError, pa.ArrowException) as error:
+                self._append(run_id, batch)
+            except OSError as error:
                 log.error("run %s: the store refused %d records, trying again: %s", run_id, len(batch), error)
                 self._refused = True
                 self._write_at = time.monotonic() + WRITE_SECONDS
-                continue
-            self._settle(run_id, batch)
+
+    def _append(self, run_id: str, batch: list[SolvedRecord]) -> None:
+        """Writes these records and settles them; of those that no table takes, each alone is given up."""
+        try:
+            tables = rows_by_table(batch, self._written_at)
+            self._writer.append_tables(run_id, {table: rows for table, rows in tables.items() if rows})
+        except UnwritableRows as error:
+            if len(batch) > 1:
+                for one in batch:
+                    self._append(run_id, [one])
+                return
+            log.error("run %s layer %d step %d is lost: %s", run_id, batch[0].key.layer, batch[0].key.step, error)
+            self._lose(batch[0].key, self._open.ranks(batch[0].key), "unwritable")
+            return
+        self._settle(run_id, batch)
 
     def _settle(self, run_id: str, batch: list[SolvedRecord]) -> None:
         now = time.time()
@@ -319,7 +332,8 @@ class Shard:
                 self._latency_seconds = self._latency_seconds.observe(latency)
             self._remember_no_more()
             self._written[run_id] += len(batch)
-            self._unwritten = [one for one in self._unwritten if one.key.run_id != run_id]
+            done = {one.key for one in batch}
+            self._unwritten = [one for one in self._unwritten if one.key not in done]
             self._changed.notify_all()
 
     def _remember_no_more(self) -> None:

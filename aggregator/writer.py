@@ -47,10 +47,23 @@ class StoreWriter:
             OSError: the store refused; nothing was written.
             UnwritableRows: a value is missing, or is not what its column takes; nothing was written.
         """
-        data = _encoded(table, rows)
-        path = f"{Place(run_id, table).folder}/{part_name(datetime.now(UTC))}"
-        self.store.put(path, data)
-        return self.store.address(path)
+        (address,) = self.append_tables(run_id, {table: rows})
+        return address
+
+    def append_tables(self, run_id: str, rows_by_table: dict[str, list[dict[str, Any]]]) -> list[str]:
+        """The same for rows of several tables, a file each, in this order.
+
+        Raises:
+            OSError: the store refused one, which may be written later; those before it are written.
+            UnwritableRows: as `append`; nothing was written of any table.
+        """
+        encoded = {table: _encoded(table, rows) for table, rows in rows_by_table.items()}
+        addresses = []
+        for table, data in encoded.items():
+            path = f"{Place(run_id, table).folder}/{part_name(datetime.now(UTC))}"
+            self.store.put(path, data)
+            addresses.append(self.store.address(path))
+        return addresses
 
 
 def _encoded(table: str, rows: list[dict[str, Any]]) -> pa.Buffer:
