@@ -3,9 +3,9 @@
     part-<time>-<id>.parquet                          what a writer wrote
     part-<time>-<id>.merged-<published>-<id>.parquet  what compaction wrote in place of others
 
-A part never changes. A merged part names, in its footer, the parts whose rows it took over; from the moment in which it
-is visible those do not count, and each row is in exactly one part that counts. Whoever lists the parts decides so alone,
-from one listing: nothing else has to change together with it, so there is no moment in between.
+A part never changes. A merged part names, in its footer, the parts whose rows it took over; from the moment in which
+it is visible those do not count, and each row is in exactly one part that counts. Whoever lists the parts decides so
+alone, from one listing: nothing else has to change together with it, so there is no moment in between.
 
 A merged part's name begins like the last of those that it replaces. So nothing that sorts after it is replaced by it,
 and where nothing sorts before it either, a reader need not open it to know.
@@ -95,17 +95,18 @@ def standing(names: Iterable[str], replaced_by: Callable[[str], frozenset[str]])
         replaced_by: what a merged part replaces; asked only of `to_be_opened`.
     """
     names = sorted(names)
-    dead: dict[str, str] = {}
+    dead: dict[str, str] = {}  # what is removed already is among them, so that it cannot be taken over again
     void: set[str] = set()
     for merged in sorted(to_be_opened(names), key=lambda name: (published(name), name)):
         replaced = replaced_by(merged)
         rival = next((dead[name] for name in sorted(replaced) if name in dead and dead[name] not in replaced), None)
         if rival is None:
-            dead = dict.fromkeys(replaced.intersection(names), merged) | dead
+            dead = dict.fromkeys(replaced, merged) | dead
         else:
             dead[merged] = rival
             void.add(merged)
-    return Standing([name for name in names if name not in dead], dead, frozenset(void))
+    live = [name for name in names if name not in dead]
+    return Standing(live, {name: dead[name] for name in names if name in dead}, frozenset(void))
 
 
 def encode(table: pa.Table, name: str, replaces: Iterable[str] = ()) -> pa.Buffer:

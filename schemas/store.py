@@ -125,10 +125,10 @@ class Store(ABC):
         with self.filesystem.open_input_file(self.inner(path)) as file:
             return pq.read_metadata(file)
 
-    def read(self, path: str) -> pa.Table:
+    def read(self, path: str, columns: list[str] | None = None) -> pa.Table:
         """All rows of a part, as it has them. Raises OSError or pa.ArrowInvalid."""
         with self.filesystem.open_input_file(self.inner(path)) as file:
-            return pq.ParquetFile(file).read()
+            return pq.ParquetFile(file).read(columns)
 
     def address(self, path: str) -> str:
         return f"{self.uri}/{path}"

@@ -2,9 +2,10 @@
 
     <store>/run_id=<id>/{records,eigenvalues,alerts,runs}/part-*.parquet
 
-The store is a local folder or the URI of an object store. The run id stands in the path only, so that a query about one run opens no other run's files. Narrow scalars and
-wide spectra are separate tables, so that a question about ranks reads no eigenvalues. Tables are append-only: a
-row supersedes an earlier one of the same key by `written_at`.
+The store is a local folder or the URI of an object store (see `store`). The run id stands in the path only, so that
+a query about one run opens no other run's files. Narrow scalars and wide spectra are separate tables, so that a
+question about ranks reads no eigenvalues. Tables are append-only: a row supersedes an earlier one of the same key by
+`written_at`.
 """
 
 import os
