@@ -135,8 +135,8 @@ def _compact(
     store: Store, config: CompactionConfig, clock: Callable[[], datetime], progress: Callable[[int, int], None]
 ) -> Compacted:
     leftovers = store.leftovers(clock() - timedelta(seconds=LEFTOVER_SECONDS))
-    for path in leftovers if not config.dry_run else ():
-        store.remove(path)
+    if not config.dry_run:
+        store.remove(leftovers)
     total = Compacted(removed=len(leftovers))
     places = sorted(store.standing().items())
     for done, (place, found) in enumerate(places):
@@ -149,25 +149,22 @@ def _compact(
 
 
 def _remove(store: Store, place: Place, found: Standing, config: CompactionConfig, now: datetime) -> Compacted:
-    """Removes the dead whose grace has passed: void parts first, then plain ones, then merged ones as published."""
+    """Removes the dead whose grace has passed: void parts, then plain ones, then merged ones as they were published."""
 
     def dead_since(name: str) -> datetime:
         reason = published(found.dead[name])
         return max(reason, published(name)) if is_merged(name) else reason
 
-    def turn(name: str) -> tuple[bool, bool, datetime]:
-        return name not in found.void, is_merged(name), dead_since(name)
-
-    grace = timedelta(seconds=config.grace_seconds)
-    removed = 0
-    for name in sorted(found.dead, key=turn):
-        if now - dead_since(name) < grace:
-            if name in found.void:
-                break
-            continue
-        if not config.dry_run:
-            store.remove(f"{place.folder}/{name}")
-        removed += 1
+    due = sorted(name for name in found.dead if (now - dead_since(name)).total_seconds() >= config.grace_seconds)
+    void = [name for name in due if name in found.void]
+    if len(void) < len(found.void):
+        due = []
+    plain = [name for name in due if not is_merged(name)]
+    merged = sorted((name for name in due if is_merged(name) and name not in void), key=published)
+    if not config.dry_run:
+        for names in (void, plain, *([name] for name in merged)):
+            store.remove([f"{place.folder}/{name}" for name in names])
+    removed = len({*void, *due})
     return Compacted(removed=removed, waiting=len(found.dead) - removed)
 
 

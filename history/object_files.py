@@ -12,19 +12,17 @@ from ..schemas.store import Store
 
 
 def object_files(store: Store) -> ArrowFSWrapper:
-    """A file system for `DuckDBPyConnection.register_filesystem`, for the scheme of the store's URI."""
-    return _ReadOnly(store)
+    """A file system for `DuckDBPyConnection.register_filesystem`."""
+    return _ReadOnly(store.filesystem)
 
 
 class _ReadOnly(ArrowFSWrapper):  # type: ignore[misc]
+    protocol = "s3"
     cachable = False
 
-    def __init__(self, store: Store) -> None:
-        self.protocol = store.uri.partition("://")[0]
-        super().__init__(store.filesystem)
-
-    def _strip_protocol(self, path: str) -> str:  # type: ignore[override]
-        return path.removeprefix(f"{self.protocol}://")
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("s3://")
 
     def glob(self, path: str, **_options: Any) -> list[str]:
         """Views name files, not patterns; asking the server whether each is there would cost a request."""

@@ -1,4 +1,4 @@
-"""From a store's URI to the pyarrow file system behind it: `s3://bucket/prefix`, and what else pyarrow knows.
+"""From a store's URI, `s3://bucket/prefix`, to the pyarrow file system behind it: S3, or what speaks its protocol.
 
 Where the server is stands in the URI, `?endpoint_override=host:port&scheme=http`, or in AWS_ENDPOINT_URL_S3 or
 AWS_ENDPOINT_URL, which pyarrow itself does not look at (https://github.com/apache/arrow/issues/49643).
@@ -25,18 +25,17 @@ def connect(uri: str) -> tuple[str, fs.FileSystem, str]:
         ValueError: no URI of a store.
     """
     parts = urlsplit(uri)
+    if parts.scheme != "s3":
+        raise ValueError(f"store {uri!r} is neither a folder nor an object store: pass a path, or s3://BUCKET/PREFIX")
     bucket, prefix = parts.netloc.rpartition("@")[2], unquote(parts.path).strip("/")
     if not bucket:
-        raise ValueError(f"store {uri!r} names no bucket: pass {parts.scheme}://BUCKET/PREFIX")
+        raise ValueError(f"store {uri!r} names no bucket: pass s3://BUCKET/PREFIX")
     root = f"{bucket}/{prefix}".rstrip("/")
-    plain = f"{parts.scheme}://{root}"
+    plain = f"s3://{root}"
     try:
-        if parts.scheme == "s3":
-            return plain, _s3(parts.query, bucket), root
-        filesystem, _ = fs.FileSystem.from_uri(uri)
+        return plain, _s3(parts.query, bucket), root
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"store {plain!r} cannot be used: {one_line(error)}") from None
-    return plain, filesystem, root
 
 
 def one_line(error: BaseException) -> str:

@@ -83,8 +83,8 @@ class Store(ABC):
         """Makes a file visible and durable, or raises OSError."""
 
     @abstractmethod
-    def remove(self, path: str) -> None:
-        """Removes a file, durably; none is fine."""
+    def remove(self, paths: list[str]) -> None:
+        """Removes files, durably; one that is not there is fine."""
 
     @abstractmethod
     def lock(self) -> contextlib.AbstractContextManager[bool]:
@@ -192,10 +192,12 @@ class LocalStore(Store):
             raise
         _fsync_folder(target.parent)
 
-    def remove(self, path: str) -> None:
-        target = Path(self.root, path)
-        target.unlink(missing_ok=True)
-        _fsync_folder(target.parent)
+    def remove(self, paths: list[str]) -> None:
+        targets = [Path(self.root, path) for path in paths]
+        for target in targets:
+            target.unlink(missing_ok=True)
+        for folder in {target.parent for target in targets}:
+            _fsync_folder(folder)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
@@ -256,7 +258,7 @@ class ObjectStore(Store):
     def check_writable(self) -> None:
         probe = f".writable-{os.urandom(8).hex()}"
         self.put(probe, pa.py_buffer(b""))
-        self.remove(probe)
+        self.remove([probe])
 
     def listed(self, run_id: str | None = None) -> dict[Place, list[str]]:
         folder = self.root if run_id is None else self.inner(f"run_id={run_id}")
@@ -276,9 +278,8 @@ class ObjectStore(Store):
         except pa.ArrowException as error:
             raise OSError(one_line(error)) from None
 
-    def remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_file(self.inner(path))
+    def remove(self, paths: list[str]) -> None:
+        parallel(self._remove, paths)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
@@ -286,6 +287,10 @@ class ObjectStore(Store):
 
     def leftovers(self, before: datetime) -> list[str]:
         return []  # an upload that broke off is no file
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self.inner(path))
 
 
 def check_version(address: str, footer: Footer) -> None:
