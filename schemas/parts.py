@@ -7,15 +7,14 @@ A part never changes. A merged part names, in its footer, the parts whose rows i
 it is visible those do not count, and each row is in exactly one part that counts. Whoever lists the parts decides so
 alone, from one listing: nothing else has to change together with it, so there is no moment in between.
 
-A merged part's name begins like the last of those that it replaces. So nothing that sorts after it is replaced by it,
-and where nothing sorts before it either, a reader need not open it to know.
+A merged part's name begins like the last of those that it replaces, so it replaces nothing that sorts after it: a
+folder of one merged part and what was written since is read without opening the merged part first.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -78,10 +77,11 @@ def published(name: str) -> datetime:
 
 
 def to_be_opened(names: Iterable[str]) -> list[str]:
-    """The merged parts of one folder that may replace another part of it."""
+    """The merged parts of one folder that may take rows away from another part of it."""
     names = list(names)
-    stems = sorted(map(_stem, names))
-    return [name for name in names if is_merged(name) and bisect_right(stems, _stem(name)) > 1]
+    merged = [name for name in names if is_merged(name)]
+    first = len(merged) == 1 and all(_stem(merged[0]) < _stem(name) for name in names if name != merged[0])
+    return [] if first else merged
 
 
 def standing(names: Iterable[str], replaced_by: Callable[[str], frozenset[str]]) -> Standing:
@@ -100,7 +100,7 @@ def standing(names: Iterable[str], replaced_by: Callable[[str], frozenset[str]])
     for merged in sorted(to_be_opened(names), key=lambda name: (published(name), name)):
         replaced = replaced_by(merged)
         rival = next((dead[name] for name in sorted(replaced) if name in dead and dead[name] not in replaced), None)
-        if rival is None:
+        if rival is None or merged in dead:  # the latter where a clock was set back: what replaced it knows all that
             dead = dict.fromkeys(replaced, merged) | dead
         else:
             dead[merged] = rival
