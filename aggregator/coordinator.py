@@ -20,15 +20,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import pyarrow as pa
-
 from ..schemas import RunDescription
 from ..schemas.delivery import Opened
 from .ownership import owners
 from .recovery import StoredLaunch, captured_after, counter_columns, last_written, launches_under_way
 from .snapshot import Launch, RunCounters, RunState
 from .stored import stored_attempts
-from .writer import StoreWriter
+from .writer import StoreWriter, UnwritableRows
 
 log = logging.getLogger("eigenwatch.aggregator")
 
@@ -314,5 +312,5 @@ class Coordinator:
         launch.written, launch.next_row = counted, time.monotonic() + COUNTERS_SECONDS
         try:
             self._writer.append("runs", run.run_id, [row])
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, UnwritableRows) as error:
             log.error("run %s: its row could not be written: %s", run.run_id, error)

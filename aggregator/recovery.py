@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from ..schemas import ALERTS, RECORDS, RUN_ID_PATTERN, RUNS, LayerDescription, RunDescription, SeriesKey, table_folder
+from ..schemas import ALERTS, RECORDS, RUN_ID_PATTERN, RUNS, LayerDescription, RunDescription, SeriesKey
+from ..schemas.store import Store
 from .snapshot import RunCounters
+from .stored import rows
 
 log = logging.getLogger("eigenwatch.aggregator")
 
+_UNREADABLE = (OSError, ValueError, pa.ArrowException)
 _SERIES = ["layer", "site", "expert"]
 _JUDGED = ["hard_rank", "hard_utilization", "spectral_concentration", "width", "finite"]
 
@@ -51,63 +53,49 @@ class SeriesMemory(NamedTuple):
     """The newest rows that a detector saw, one a step, oldest first."""
 
 
-def launches_under_way(store: Path, run_id: str | None = None) -> list[StoredLaunch]:
+def launches_under_way(store: Store, run_id: str | None = None) -> list[StoredLaunch]:
     """The launches of a run, or of all, whose newest row says "running"."""
-    folders = [table_folder(store, run_id, "runs")] if run_id is not None else sorted(store.glob("run_id=*/runs"))
     found = []
-    for folder in folders:
-        run = folder.parent.name.removeprefix("run_id=")
-        if not folder.is_dir() or not RUN_ID_PATTERN.fullmatch(run):
+    for run in sorted({place.run_id for place in store.listed(run_id) if place.table == "runs"}):
+        if not RUN_ID_PATTERN.fullmatch(run):
             continue
         try:
-            launches = [_launch(run, row) for row in _newest_rows(folder)]
+            launches = [_launch(run, row) for row in _newest_rows(store, run)]
             found += [one._replace(heard_at=last_written(store, run, one.attempt) or one.heard_at) for one in launches]
-        except (
-            OSError,
-            pa.ArrowException,
-            ValueError,
-            TypeError,
-        ) as error:  # it must not keep the others from starting
-            log.error("run %s: what was under way is not known, %s cannot be read: %s", run, folder, error)
+        except (*_UNREADABLE, TypeError) as error:  # it must not keep the others from starting
+            log.error("run %s: what was under way is not known, its table cannot be read: %s", run, error)
     return found
 
 
-def last_written(store: Path, run_id: str, attempt: int) -> datetime | None:
+def last_written(store: Store, run_id: str, attempt: int) -> datetime | None:
     """When the newest row or record of a launch was written: somebody heard of it until then at least."""
     newest = []
-    for table, schema in (("runs", RUNS), ("records", RECORDS)):
-        folder = table_folder(store, run_id, table)
-        if folder.is_dir():
-            try:
-                written = _rows(folder, schema, ["written_at"], ds.field("attempt") == attempt)["written_at"]
-            except (OSError, pa.ArrowException) as error:
-                log.error("run %s: %s cannot be read: %s", run_id, folder, error)
-                continue
-            newest.append(pc.max(written).as_py())
+    for table in ("runs", "records"):
+        try:
+            written = rows(store, run_id, table, ["written_at"], ds.field("attempt") == attempt)["written_at"]
+        except _UNREADABLE as error:
+            log.error("run %s: %s cannot be read: %s", run_id, table, error)
+            continue
+        newest.append(pc.max(written).as_py())
     return max((one for one in newest if one is not None), default=None)
 
 
-def captured_after(store: Path, run_id: str, attempt: int, moment: datetime) -> bool:
+def captured_after(store: Store, run_id: str, attempt: int, moment: datetime) -> bool:
     """Whether the store has a record of this launch that was captured later than that."""
-    folder = table_folder(store, run_id, "records")
-    if not folder.is_dir():
-        return False
     wanted = (ds.field("attempt") == attempt) & (ds.field("captured_at") > pa.scalar(moment, pa.timestamp("us", "UTC")))
     try:
-        return bool(_rows(folder, RECORDS, ["step"], wanted).num_rows)
-    except (OSError, pa.ArrowException) as error:
-        log.error("run %s: %s cannot be read: %s", run_id, folder, error)
+        return bool(rows(store, run_id, "records", ["step"], wanted).num_rows)
+    except _UNREADABLE as error:
+        log.error("run %s: its records cannot be read: %s", run_id, error)
         return False
 
 
-def series_memory(store: Path, run_id: str, attempt: int, samples: int) -> dict[SeriesKey, SeriesMemory]:
+def series_memory(store: Store, run_id: str, attempt: int, samples: int) -> dict[SeriesKey, SeriesMemory]:
     """The newest of each series of a launch, with as many judged steps as `samples`."""
-    folder = table_folder(store, run_id, "records")
-    if not folder.is_dir():
-        return {}
     of_launch = ds.field("attempt") == attempt
     columns = ["step", *_SERIES, *_JUDGED, "written_at"]
-    table = _rows(folder, RECORDS, columns, of_launch).sort_by([("step", "descending"), ("written_at", "descending")])
+    newest_first = [("step", "descending"), ("written_at", "descending")]
+    table = rows(store, run_id, "records", columns, of_launch).sort_by(newest_first)
     if not table.num_rows:
         return {}
     table = table.append_column("row", pa.array(range(table.num_rows)))
@@ -117,7 +105,7 @@ def series_memory(store: Path, run_id: str, attempt: int, samples: int) -> dict[
         for group, numbers in zip(grouped.select(_SERIES).to_pylist(), grouped["row_list"], strict=True)
     }
     newest = table.take([numbers.values[0].as_py() for numbers in rows_of.values()]).select(["step", "written_at"])
-    wide = _rows(folder, RECORDS, RECORDS.names, of_launch & ds.field("step").isin(pc.unique(newest["step"])))
+    wide = rows(store, run_id, "records", RECORDS.names, of_launch & ds.field("step").isin(pc.unique(newest["step"])))
     latest: dict[SeriesKey, dict[str, Any]] = {}
     for row in wide.sort_by([("step", "ascending"), ("written_at", "ascending")]).to_pylist():
         latest[_series(run_id, row)] = row
@@ -127,14 +115,11 @@ def series_memory(store: Path, run_id: str, attempt: int, samples: int) -> dict[
     }
 
 
-def stored_alerts(store: Path, run_id: str, attempt: int) -> dict[tuple[SeriesKey, str], dict[str, Any]]:
+def stored_alerts(store: Store, run_id: str, attempt: int) -> dict[tuple[SeriesKey, str], dict[str, Any]]:
     """The newest row of each kind of alert on each series of a launch."""
-    folder = table_folder(store, run_id, "alerts")
-    if not folder.is_dir():
-        return {}
-    table = _rows(folder, ALERTS, ALERTS.names, ds.field("attempt") == attempt)
-    rows = table.sort_by([("written_at", "ascending"), ("step", "ascending")]).to_pylist()
-    return {(_series(run_id, row), row["kind"]): row for row in rows}
+    table = rows(store, run_id, "alerts", ALERTS.names, ds.field("attempt") == attempt)
+    in_order = table.sort_by([("written_at", "ascending"), ("step", "ascending")]).to_pylist()
+    return {(_series(run_id, row), row["kind"]): row for row in in_order}
 
 
 def counter_columns(counters: dict[str, RunCounters], losses: dict[int, dict[str, int]]) -> dict[str, Any]:
@@ -178,18 +163,19 @@ def _launch(run_id: str, row: dict[str, Any]) -> StoredLaunch:
     return StoredLaunch(run, row["attempt"], row["started_at"], row["written_at"], in_use, counters, losses)
 
 
-def _newest_rows(folder: Path) -> Iterable[dict[str, Any]]:
+def _newest_rows(store: Store, run_id: str) -> Iterable[dict[str, Any]]:
     """Of each attempt, in order, whose newest row says that it runs."""
-    narrow = _rows(folder, RUNS, ["attempt", "written_at"]).group_by("attempt").aggregate([("written_at", "max")])
+    narrow = rows(store, run_id, "runs", ["attempt", "written_at"]).group_by("attempt")
+    narrow = narrow.aggregate([("written_at", "max")])
     newest = dict(zip(narrow["attempt"].to_pylist(), narrow["written_at_max"].to_pylist(), strict=True))
-    wide = _rows(folder, RUNS, RUNS.names, ds.field("written_at").isin(pc.unique(narrow["written_at_max"])))
-    rows = {row["attempt"]: row for row in wide.to_pylist() if row["written_at"] == newest[row["attempt"]]}
-    return [row for _, row in sorted(rows.items()) if row["status"] == "running"]
+    wide = rows(store, run_id, "runs", RUNS.names, ds.field("written_at").isin(pc.unique(narrow["written_at_max"])))
+    found = {row["attempt"]: row for row in wide.to_pylist() if row["written_at"] == newest[row["attempt"]]}
+    return [row for _, row in sorted(found.items()) if row["status"] == "running"]
 
 
-def _newest_judged(table: pa.Table, rows: pa.Array, samples: int) -> list[dict[str, Any]]:
+def _newest_judged(table: pa.Table, numbers: pa.Array, samples: int) -> list[dict[str, Any]]:
     judged: dict[int, dict[str, Any]] = {}
-    for number in rows:
+    for number in numbers:
         row = table.slice(number.as_py(), 1)
         if row["hard_rank"][0].is_valid and row["finite"][0].as_py():
             judged.setdefault(row["step"][0].as_py(), row.to_pylist()[0])
@@ -200,10 +186,3 @@ def _newest_judged(table: pa.Table, rows: pa.Array, samples: int) -> list[dict[s
 
 def _series(run_id: str, row: dict[str, Any]) -> SeriesKey:
     return SeriesKey(run_id, row["attempt"], *(row[name] for name in _SERIES))
-
-
-def _rows(folder: Path, schema: pa.Schema, columns: list[str], wanted: ds.Expression | None = None) -> pa.Table:
-    try:
-        return ds.dataset(folder, schema=schema, format="parquet").to_table(columns, filter=wanted)
-    except FileNotFoundError:  # a compaction has merged what was listed
-        return ds.dataset(folder, schema=schema, format="parquet").to_table(columns, filter=wanted)

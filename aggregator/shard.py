@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict, deque
+from collections.abc import Set
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -47,7 +48,7 @@ from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, Lau
 from .solved_record import SolvedRecord, rows_by_table, solve_record
 from .solver import Solver
 from .stored import stored_records
-from .writer import StoreWriter
+from .writer import StoreWriter, UnwritableRows
 
 log = logging.getLogger("eigenwatch.aggregator")
 
@@ -132,7 +133,7 @@ class Shard:
         try:
             memory = series_memory(self._writer.store, run_id, attempt, COLLAPSE.window_samples)
             return memory, stored_alerts(self._writer.store, run_id, attempt)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             log.error("run %s: alerts start anew, its records cannot be read: %s", run_id, error)
             return {}, {}
 
@@ -316,13 +317,19 @@ class Shard:
 
     def _drop(self, closed: ClosedRecord, reason: str) -> None:
         with self._changed:
-            missing = self._durable.setdefault(closed.key, frozenset(closed.ranks_expected))
-            lost = closed.group.ranks & missing  # the others are in the record that is stored
-            self._dropped[(closed.key.run_id, reason)] += len(lost)
-            self._given_up.setdefault(closed.key, set()).update(lost)
-            self._remember_no_more()
-            self._open.settled(closed.key)
+            self._lose(closed.key, closed.group.ranks, reason)
             self._ready(self._pairs.give_up(closed.key))
+
+    def _lose(self, key: RecordKey, ranks: Set[int], reason: str) -> None:
+        """Counts what these ranks sent as dropped, unless it is in a record that is stored."""
+        with self._changed:
+            layer = self._runs.get((key.run_id, key.attempt), {}).get((key.layer, key.site, key.expert))
+            missing = self._durable.setdefault(key, frozenset(ranks if layer is None else layer.ranks))
+            self._dropped[(key.run_id, reason)] += len(ranks & missing)
+            self._given_up.setdefault(key, set()).update(ranks & missing)
+            self._remember_no_more()
+            self._open.settled(key)
+            self._unwritten = [one for one in self._unwritten if one.key != key]
             self._changed.notify_all()
 
     def _ready(self, solved: list[SolvedRecord]) -> None:
@@ -366,17 +373,27 @@ class Shard:
         for one in self._unwritten:
             by_run.setdefault(one.key.run_id, []).append(one)
         for run_id, batch in by_run.items():
-            tables = rows_by_table(batch, self._written_at)
             try:
-                for table, rows in tables.items():
-                    if rows:
-                        self._writer.append(table, run_id, rows)
-            except (OSError, pa.ArrowException) as error:
+                self._append(run_id, batch)
+            except OSError as error:
                 log.error("run %s: the store refused %d records, trying again: %s", run_id, len(batch), error)
                 self._refused = True
                 self._write_at = time.monotonic() + WRITE_SECONDS
-                continue
-            self._settle(run_id, batch)
+
+    def _append(self, run_id: str, batch: list[SolvedRecord]) -> None:
+        """Writes these records and settles them; of those that no table takes, each alone is given up."""
+        try:
+            tables = rows_by_table(batch, self._written_at)
+            self._writer.append_tables(run_id, {table: rows for table, rows in tables.items() if rows})
+        except UnwritableRows as error:
+            if len(batch) > 1:
+                for one in batch:
+                    self._append(run_id, [one])
+                return
+            log.error("run %s layer %d step %d is lost: %s", run_id, batch[0].key.layer, batch[0].key.step, error)
+            self._lose(batch[0].key, self._open.ranks(batch[0].key) or set(), "unwritable")
+            return
+        self._settle(run_id, batch)
 
     def _settle(self, run_id: str, batch: list[SolvedRecord]) -> None:
         now = time.time()
@@ -395,7 +412,8 @@ class Shard:
                 self._latency_seconds = self._latency_seconds.observe(latency)
             self._remember_no_more()
             self._written[run_id] += len(batch)
-            self._unwritten = [one for one in self._unwritten if one.key.run_id != run_id]
+            done = {one.key for one in batch}
+            self._unwritten = [one for one in self._unwritten if one.key not in done]
             self._changed.notify_all()
 
     def _remember_no_more(self) -> None:

@@ -1,76 +1,75 @@
 """The store's writer: whole Parquet files, durable when `append` returns.
 
-A file is written under a temporary name in its folder, fsynced, renamed, and the folder is fsynced, so a reader sees
-a complete file or none, and so does whoever looks after a crash. Every file has one writer and is never changed.
+A file becomes visible complete or not at all (see `schemas.store`), so whoever looks after a crash finds what `append`
+has returned from. Every file has one writer and is never changed.
+
+Rows are turned into a file's bytes before the store is touched. So what goes wrong tells who is to blame: OSError, the
+store refused, and the same rows may be appended later; UnwritableRows, these rows never can be.
 """
 
+import errno
 import os
-import uuid
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ..schemas import TABLES, table_folder
+from ..schemas import TABLES
+from ..schemas.object_store import one_line
+from ..schemas.parts import encode, part_name
+from ..schemas.store import Place, open_store
+
+
+class UnwritableRows(ValueError):
+    """Rows that the table's schema does not allow."""
 
 
 class StoreWriter:
-    """Appends rows to the tables of a local store. Not thread-safe; one owner."""
+    """Appends rows to the tables of a store. Not thread-safe; one owner."""
 
     def __init__(self, store: str | os.PathLike[str]) -> None:
         """Raises ValueError where the store cannot be written."""
-        self.store = Path(store)
+        self.store = open_store(store)
         try:
-            self.store.mkdir(parents=True, exist_ok=True)
-            probe = self.store / f".writable-{uuid.uuid4().hex}"
-            probe.touch()
-            probe.unlink()
+            self.store.check_writable()
         except OSError as error:
             raise ValueError(
-                f"store {str(self.store)!r} cannot be written ({error.strerror}): pass another with --store"
+                f"store {self.store.uri!r} cannot be written ({one_line(error)}): pass another with --store"
             ) from None
 
-    def append(self, table: str, run_id: str, rows: list[dict[str, Any]]) -> Path:
+    def append(self, table: str, run_id: str, rows: list[dict[str, Any]]) -> str:
         """Writes rows of one run as one new file; durable on return.
 
+        Returns:
+            The file's address: its path, or its URI in an object store.
+
         Raises:
-            OSError: the file system refused; nothing was written.
+            OSError: the store refused; nothing was written.
+            UnwritableRows: a value is missing, or is not what its column takes; nothing was written.
         """
-        folder = table_folder(self.store, run_id, table)
-        if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-            for parent in (folder.parent, self.store):
-                _fsync_folder(parent)
-        name = f"part-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}.parquet"
-        temporary = folder / f".{name}.tmp"
-        try:
-            # Spectra hardly repeat: byte-stream split lets zstd find what their exponents share.
-            pq.write_table(
-                pa.Table.from_pylist(rows, schema=TABLES[table]),
-                temporary,
-                compression="zstd",
-                use_dictionary=table != "eigenvalues",
-                use_byte_stream_split=["eigenvalues.list.element"] if table == "eigenvalues" else False,
-            )
-            _fsync_file(temporary)
-            temporary.rename(folder / name)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        _fsync_folder(folder)
-        return folder / name
+        (address,) = self.append_tables(run_id, {table: rows})
+        return address
+
+    def append_tables(self, run_id: str, rows_by_table: dict[str, list[dict[str, Any]]]) -> list[str]:
+        """The same for rows of several tables, a file each, in this order.
+
+        Raises:
+            OSError: the store refused one, which may be written later; those before it are written.
+            UnwritableRows: as `append`; nothing was written of any table.
+        """
+        encoded = {table: _encoded(table, rows) for table, rows in rows_by_table.items()}
+        addresses = []
+        for table, data in encoded.items():
+            path = f"{Place(run_id, table).folder}/{part_name(datetime.now(UTC))}"
+            self.store.put(path, data)
+            addresses.append(self.store.address(path))
+        return addresses
 
 
-def _fsync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _encoded(table: str, rows: list[dict[str, Any]]) -> pa.Buffer:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return encode(pa.Table.from_pylist(rows, schema=TABLES[table]), table)
+    except MemoryError as error:  # pyarrow's own among them
+        raise OSError(errno.ENOMEM, f"no memory for {len(rows)} rows of {table}: {error}") from None
+    except (pa.ArrowException, ValueError, TypeError, OverflowError, AttributeError) as error:
+        raise UnwritableRows(f"rows of {table} that can never be written: {error}") from error

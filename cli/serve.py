@@ -7,13 +7,12 @@ import select
 import signal
 import sys
 import time
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
-from ..schemas import default_store
+from ..schemas import absolute_store, default_store
 from ..schemas.ray_token import token_environment
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ CHILD_NICENESS = 5
 
 
 @click.command(epilog="Example: eigenwatch serve --store runs/ --address 10.0.0.1:6379")
-@click.option("--store", type=click.Path(), help="Folder of the history.  [$EIGENWATCH_STORE, ./eigenwatch-store]")
+@click.option("--store", help="Folder or s3://BUCKET/PREFIX.  [$EIGENWATCH_STORE, ./eigenwatch-store]")
 @click.option("--address", help="An existing Ray cluster (host:port or auto); without it a local one is started.")
 @click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Where Prometheus may reach it.")
 @click.option("--metrics-port", default=9845, show_default=True, type=click.IntRange(0, 65535), help="0: a free one.")
@@ -65,7 +64,7 @@ def serve(
     stop = Stop()
     service = Service(
         ServiceConfig(
-            store=str(Path(store or default_store()).absolute()),
+            store=absolute_store(store or default_store()),
             address=address,
             metrics_host=metrics_host,
             metrics_port=metrics_port,

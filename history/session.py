@@ -1,7 +1,8 @@
 """The session: a DuckDB that reads one store and nothing else, for SQL typed by anyone.
 
 It lives in memory, on the calling thread, and writes nothing: no database file, no spill file. It may be open
-while runs write: files appear in the store whole, by rename, and a query sees those that are there by then.
+while runs write and while the store is compacted: each query lists the store once, and sees the rows that are
+there by then, each of them once.
 """
 
 import os
@@ -11,9 +12,11 @@ from typing import Any, Self
 import duckdb
 import pyarrow as pa
 
-from ..schemas import STORE_VARIABLE, default_store
+from ..schemas import STORE_VARIABLE, TABLES, default_store
+from ..schemas.store import LocalStore, Store, open_store
 from ..schemas.views import glob_literal, sql_literal, view_statements
 from .guard import check_statement
+from .object_files import object_files
 
 MEMORY_LIMIT_BYTES = 2 << 30
 THREADS_MAX = 4
@@ -27,10 +30,11 @@ def open_history(store: str | os.PathLike[str] | None = None) -> "History":
     """The history in a store, ready for SQL over the views `records`, `eigenvalues`, `alerts`, `runs`, ….
 
     Args:
-        store: its folder; `$EIGENWATCH_STORE`, else `./eigenwatch-store`, where not given.
+        store: its folder, or the URI of an object store; `$EIGENWATCH_STORE`, else `./eigenwatch-store`, where not
+            given.
 
     Raises:
-        ValueError: there is no such folder.
+        ValueError: there is no such store, it cannot be read, or a newer eigenwatch wrote it.
 
     Example:
         >>> with open_history("runs/") as history:  # doctest: +SKIP
@@ -43,8 +47,8 @@ class History:
     """An open store; `close()` it, or use it in a `with`."""
 
     def __init__(self, store: str | os.PathLike[str]) -> None:
-        self.store = os.path.abspath(store)
-        if not os.path.isdir(self.store):
+        self.store = open_store(store)
+        if not self.store.exists():
             raise ValueError(
                 f"no store at {os.fspath(store)}: pass --store, set {STORE_VARIABLE}, or run `eigenwatch demo`"
             )
@@ -83,18 +87,23 @@ class History:
         self.close()
 
     def _define_views(self) -> None:
-        """Again whenever a table has got its first file, since a view over no file stays empty."""
-        statements = view_statements(self.store)
+        """Again whenever the files that count are others."""
+        files: dict[str, list[str]] = {table: [] for table in TABLES}
+        for place, names in self.store.live().items():
+            files[place.table] += [self.store.address(f"{place.folder}/{name}") for name in names]
+        statements = view_statements(files)
         if statements != self.views:
             for statement in statements:
                 self.connection.execute(statement)
             self.views = statements
 
 
-def _sandbox(store: str) -> duckdb.DuckDBPyConnection:
+def _sandbox(store: Store) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(":memory:")
-    # DuckDB compares the pattern that a view globs with the allowed folders as text, so it stands there too.
-    folders = ", ".join(sql_literal(folder) for folder in {store, glob_literal(store)})
+    if not isinstance(store, LocalStore):
+        connection.register_filesystem(object_files(store))
+    # DuckDB compares the patterns in a view with the allowed folders as text, so it stands there as one too.
+    folders = ", ".join(sql_literal(f"{folder}/") for folder in {store.uri, glob_literal(store.uri)})
     for setting in (
         "TimeZone = 'UTC'",
         f"memory_limit = '{MEMORY_LIMIT_BYTES >> 20}MiB'",
@@ -114,6 +123,8 @@ def _sandbox(store: str) -> duckdb.DuckDBPyConnection:
 def _one_line(error: duckdb.Error) -> str:
     """DuckDB's message without the excerpt of the statement that follows it, and what to do about it."""
     message = str(error).split("\nLINE ")[0]
+    if message.startswith("Traceback "):  # from our file system for object stores
+        message = f"the store cannot be read: {message.strip().splitlines()[-1]}"
     if isinstance(error, duckdb.OutOfMemoryException):
         return f"{message.splitlines()[0]} (ask for fewer rows or columns at once)"
     remedy = ' (columns: eigenwatch query "DESCRIBE records")' if isinstance(error, _MISSPELT) else ""

@@ -17,6 +17,7 @@ from .tables import (
     SCHEMA_VERSION,
     STORE_VARIABLE,
     TABLES,
+    absolute_store,
     default_store,
     table_folder,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "SeriesKey",
     "Tile",
     "WirePartial",
+    "absolute_store",
     "arrived_from_wire",
     "check_run_id",
     "default_store",

@@ -2,13 +2,15 @@
 
     <store>/run_id=<id>/{records,eigenvalues,alerts,runs}/part-*.parquet
 
-The run id stands in the path only, so that a query about one run opens no other run's files. Narrow scalars and
-wide spectra are separate tables, so that a question about ranks reads no eigenvalues. Tables are append-only: a
-row supersedes an earlier one of the same key by `written_at`.
+The store is a local folder or the URI of an object store (see `store`). The run id stands in the path only, so that
+a query about one run opens no other run's files. Narrow scalars and wide spectra are separate tables, so that a
+question about ranks reads no eigenvalues. Tables are append-only: a row supersedes an earlier one of the same key by
+`written_at`.
 """
 
 import os
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 
@@ -139,7 +141,15 @@ def default_store() -> str:
     return os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
+def absolute_store(store: str | os.PathLike[str]) -> str:
+    """A store for processes elsewhere: a folder's absolute path, or the URI of an object store as it is."""
+    text = os.fspath(store)
+    if text.startswith("file://"):
+        text = unquote(urlsplit(text).path)
+    return text if "://" in text else os.path.abspath(text)
+
+
 def table_folder(store: str | os.PathLike[str], run_id: str, table: str) -> Path:
-    """Where the files of one table of one run lie."""
+    """Where the files of one table of one run lie in a local store."""
     assert table in TABLES, table
     return Path(store) / f"run_id={run_id}" / table

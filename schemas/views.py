@@ -2,15 +2,18 @@
 
 Pure text, for whoever has a DuckDB: `history` runs it, `eigenwatch query --emit-sql` prints it for others.
 
+Each view names the files that count now, from one listing of the store: a statement sees every row once, whatever
+compaction does meanwhile, and all the views of a statement see the same rows. Ask for the statements again to see what
+was written since.
+
 The column types come from the Arrow schemas, not from the files: a file that an older version wrote shows
 null in the columns it lacks, a table without any file is an empty view of the right types, and DuckDB opens
 no file but those that the query needs. The run id comes from the file's name as text ("123" and "2026-01-01"
 stay what they are), and DuckDB skips the files of other runs when the query asks for one.
 """
 
-import os
-from importlib.resources import files
-from pathlib import Path
+from collections.abc import Mapping
+from importlib.resources import files as resource_files
 from string import Template
 
 import pyarrow as pa
@@ -28,23 +31,19 @@ _SQL_TYPES = {
 }
 
 
-def view_statements(store: str | os.PathLike[str]) -> list[str]:
-    """The `CREATE OR REPLACE VIEW` statements for the store as it is now, without closing semicolons.
+def view_statements(files: Mapping[str, list[str]]) -> list[str]:
+    """The `CREATE OR REPLACE VIEW` statements over these files, without closing semicolons.
 
-    Looks into the store for one thing only, which tables have files: a pattern without a file is an error in
-    DuckDB, so their views are empty until the statements are asked for again.
+    Args:
+        files: by table, the path or URI of each; a table without any gets an empty view.
 
     Raises:
-        ValueError: the path holds a backslash, which DuckDB's patterns take for a path separator.
+        ValueError: a path holds a backslash, which DuckDB takes for a path separator.
     """
-    folder = os.path.abspath(store)
-    if "\\" in folder:
-        raise ValueError(f"DuckDB cannot list a store below a backslash: rename or link {folder}")
     sources = {
-        table: _files(folder, table, schema) if _has_files(folder, table) else _nothing(schema)
-        for table, schema in TABLES.items()
+        table: _rows(files[table], schema) if files.get(table) else _nothing(schema) for table, schema in TABLES.items()
     }
-    text = (files(__package__) / "views.sql").read_text(encoding="utf-8")
+    text = (resource_files(__package__) / "views.sql").read_text(encoding="utf-8")
     return [Template(statement).substitute(sources) for statement in _statements(text)]
 
 
@@ -62,12 +61,10 @@ def _statements(text: str) -> list[str]:
     return [statement.strip() for statement in "\n".join(lines).split(";") if statement.strip()]
 
 
-def _has_files(folder: str, table: str) -> bool:
-    return any(True for _ in Path(folder).glob(f"run_id=*/{table}/part-*.parquet"))
-
-
-def _files(folder: str, table: str, schema: pa.Schema) -> str:
-    pattern = sql_literal(f"{glob_literal(folder)}/run_id=*/{table}/part-*.parquet")
+def _rows(files: list[str], schema: pa.Schema) -> str:
+    if "\\" in files[0]:
+        raise ValueError(f"DuckDB cannot read a store below a backslash: rename or link the folder of {files[0]}")
+    names = ",\n".join(f"      {sql_literal(glob_literal(file))}" for file in files)
     columns = ",\n".join(
         f"      '{field.name}': {{name: '{field.name}', type: '{_sql_type(field.type)}', default_value: NULL}}"
         for field in schema
@@ -77,7 +74,7 @@ def _files(folder: str, table: str, schema: pa.Schema) -> str:
     run_id = "substr(split_part(filename, '/', -3), length('run_id=') + 1) AS run_id"
     return (
         f"(\n    SELECT {run_id}, * EXCLUDE (filename)\n"
-        f"    FROM read_parquet({pattern}, filename = true, schema = MAP {{\n{columns}\n    }})\n)"
+        f"    FROM read_parquet([\n{names}\n    ], filename = true, schema = MAP {{\n{columns}\n    }})\n)"
     )
 
 

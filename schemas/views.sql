@@ -1,6 +1,7 @@
 -- The views of the store: what `eigenwatch query` opens, and any DuckDB shell after `eigenwatch query --emit-sql`.
--- $records, $eigenvalues, $alerts and $runs stand for the files of one table of every run (see views.py).
--- Every window below is partitioned by run_id first, so that a filter on it reaches the list of files.
+-- $records, $eigenvalues, $alerts and $runs stand for the files of one table that count, of every run (see views.py and
+-- parts.py). Every window below is partitioned by run_id first, so that a filter on it reaches the list of files;
+-- through the join of `eigenvalues` it does so as `run_id = …`.
 
 -- Every row that was ever written: all attempts, all revisions.
 CREATE OR REPLACE VIEW records_raw AS
@@ -10,23 +11,19 @@ SELECT * FROM $records;
 -- A restart goes back to a checkpoint and abandons what came after it, so an attempt is hidden from the first step
 -- of any later attempt on, even at steps which the later one has not reached yet.
 CREATE OR REPLACE VIEW records AS
-WITH attempts AS (
-    SELECT run_id, attempt, min(step) AS first_step FROM records_raw GROUP BY run_id, attempt
-), timelines AS (
-    SELECT run_id, attempt, min(first_step) OVER (
-        PARTITION BY run_id ORDER BY attempt ROWS BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING
-    ) AS abandoned_from
-    FROM attempts
+SELECT * FROM (
+    SELECT * FROM records_raw
+    QUALIFY row_number() OVER (
+        PARTITION BY run_id, attempt, step, layer, site, expert ORDER BY written_at DESC
+    ) = 1
 )
-SELECT raw.* FROM records_raw AS raw JOIN timelines USING (run_id, attempt)
-WHERE abandoned_from IS NULL OR step < abandoned_from
-QUALIFY row_number() OVER (
-    PARTITION BY run_id, attempt, step, layer, site, expert ORDER BY written_at DESC
-) = 1;
+QUALIFY coalesce(step < min(step) OVER (
+    PARTITION BY run_id ORDER BY attempt RANGE BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING
+), true);
 
 -- The spectra of exactly the rows of `records`: the aggregator writes both with one written_at.
 CREATE OR REPLACE VIEW eigenvalues AS
-SELECT spectrum.* FROM $eigenvalues AS spectrum SEMI JOIN records AS record ON (
+SELECT spectrum.* FROM $eigenvalues AS spectrum JOIN records AS record ON (
     spectrum.run_id = record.run_id
     AND spectrum.attempt = record.attempt
     AND spectrum.step = record.step
@@ -35,7 +32,9 @@ SELECT spectrum.* FROM $eigenvalues AS spectrum SEMI JOIN records AS record ON (
     AND spectrum.expert IS NOT DISTINCT FROM record.expert
     AND spectrum.written_at = record.written_at
 )
-QUALIFY row_number() OVER (PARTITION BY run_id, attempt, step, layer, site, expert) = 1;
+QUALIFY row_number() OVER (
+    PARTITION BY spectrum.run_id, spectrum.attempt, spectrum.step, spectrum.layer, spectrum.site, spectrum.expert
+) = 1;
 
 -- One row for each alert, in its current state.
 CREATE OR REPLACE VIEW alerts AS

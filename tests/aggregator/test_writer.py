@@ -24,8 +24,8 @@ def spectrum(step: int, width: int = 500) -> dict:
 
 def test_what_is_appended_is_read(tmp_path):
     writer = StoreWriter(tmp_path / "a" / "store")
-    first = writer.append("eigenvalues", "run", [spectrum(1), spectrum(2)])
-    second = writer.append("eigenvalues", "run", [spectrum(3)])
+    first = Path(writer.append("eigenvalues", "run", [spectrum(1), spectrum(2)]))
+    second = Path(writer.append("eigenvalues", "run", [spectrum(3)]))
     folder = table_folder(tmp_path / "a" / "store", "run", "eigenvalues")
     assert sorted(folder.iterdir()) == [first, second], "in the order in which they were written, and nothing else"
     assert all(path.match("part-*.parquet") for path in (first, second))
@@ -47,7 +47,7 @@ def test_every_table_has_its_schema_and_says_its_version(tmp_path, table):
 
 def test_spectra_are_stored_smaller_than_they_are(tmp_path):
     falling = [spectrum(step, 4096) | {"eigenvalues": np.arange(1, 4097, dtype=np.float32) ** -1} for step in range(8)]
-    path = StoreWriter(tmp_path).append("eigenvalues", "run", falling)
+    path = Path(StoreWriter(tmp_path).append("eigenvalues", "run", falling))
     assert path.stat().st_size < 0.7 * 8 * 4096 * 4
     assert pq.read_schema(path).field("eigenvalues").type == EIGENVALUES.field("eigenvalues").type
 
@@ -75,7 +75,7 @@ def test_a_failed_write_leaves_no_file_and_the_next_one_succeeds(tmp_path):
     with pytest.raises(OSError, match=r"run_id=run"):
         writer.append("eigenvalues", "run", [spectrum(1)])
     (tmp_path / "run_id=run").unlink()
-    path = writer.append("eigenvalues", "run", [spectrum(1)])
+    path = Path(writer.append("eigenvalues", "run", [spectrum(1)]))
     assert list(path.parent.iterdir()) == [path]
 
 
