@@ -381,17 +381,15 @@ class Shard:
                 self._write_at = time.monotonic() + WRITE_SECONDS
 
     def _append(self, run_id: str, batch: list[SolvedRecord]) -> None:
-        """Writes these records and settles them; of those that no table takes, each alone is given up."""
+        """Writes these records and settles them. What no table takes, which no partial can cause, is given up: it
+        would be tried for ever."""
         try:
             tables = rows_by_table(batch, self._written_at)
             self._writer.append_tables(run_id, {table: rows for table, rows in tables.items() if rows})
         except UnwritableRows as error:
-            if len(batch) > 1:
-                for one in batch:
-                    self._append(run_id, [one])
-                return
-            log.error("run %s layer %d step %d is lost: %s", run_id, batch[0].key.layer, batch[0].key.step, error)
-            self._lose(batch[0].key, self._open.ranks(batch[0].key) or set(), "unwritable")
+            log.error("run %s: %d records are lost: %s", run_id, len(batch), error)
+            for one in batch:
+                self._lose(one.key, self._open.ranks(one.key) or set(), "unwritable")
             return
         self._settle(run_id, batch)
 

@@ -318,20 +318,6 @@ def test_what_the_store_refuses_is_kept_until_it_takes_it(open_shard, tmp_path, 
     wait_until(lambda: durable(shard) == [True], "its durability")
 
 
-def test_a_record_that_no_table_takes_is_given_up_and_counted_and_its_neighbours_are_stored(open_shard, tmp_path):
-    too_great = 1 << 40  # for the column, not for the wire
-    shard = open_shard(run(layer(), layer(expert=too_great)))
-    keys = [KEY, KEY._replace(expert=too_great), KEY._replace(step=200)]
-    for key in keys:
-        push(shard, *(partial(rank, step=key.step, expert=key.expert) for rank in (0, 1)))
-    assert shard.flush(FLUSH_SECONDS) == 0
-    assert [row["step"] for row in stored(tmp_path)] == [100, 200]
-    assert [row["step"] for row in stored(tmp_path, "eigenvalues")] == [100, 200]
-    assert shard.snapshot([]).counters["run"].dropped == (("unwritable", 2),)
-    assert fates(shard, *keys) == ["durable", "dropped", "durable"]
-    assert push(shard, partial(0, expert=too_great)) == ["dropped"]
-
-
 def test_when_memory_is_full_ranks_are_asked_to_push_again(open_shard):
     shard = open_shard(memory_bytes=1)
     assert push(shard, partial(0), partial(0, step=200), partial(1)) == ["merged", "busy", "merged"]
