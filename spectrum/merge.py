@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..schemas import PartialCovariance, packed_length, packed_offset
-from .triangle import unpack
+from .triangle import lower_of, trace_and_frobenius_sq, unpack
 
 Rows = tuple[int, int]
 """[start, stop)"""
@@ -170,9 +170,24 @@ class Group:
         between_KD = self._between()
         return matrix.addmm_(between_KD.T, between_KD)
 
+    def lower(self, device: torch.device | str = "cpu") -> Tensor:
+        """(D, D) float64 on a device: the scatter's lower triangle, all that a solver reads, and anything above."""
+        assert self.finite, "a group with a partial that is not finite has no scatter"
+        assert self.tokens, "a group without tokens has no scatter"
+        matrix = lower_of(self.within.to(device), self.width)
+        if len(self.contributing) > 1:
+            between_KD = self._between().to(device)
+            matrix.addmm_(between_KD.T, between_KD)
+        return matrix
+
     def covariance(self) -> Tensor:
         """(D, D) float64: scatter/(N − 1); zeros for one token."""
         return self.scatter().div_(max(self.tokens - 1, 1))
+
+    @property
+    def within_frobenius_sq(self) -> float:
+        """‖within‖²_F."""
+        return trace_and_frobenius_sq(self.within, self.width)[1]
 
     @property
     def total_variance(self) -> float:
