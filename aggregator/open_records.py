@@ -10,9 +10,10 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from ..schemas import SCATTER, PartialCovariance, RecordKey, packed_length
+from ..schemas import SCATTER, Partial, PartialSamples, RecordKey, packed_length
 from ..spectrum import Group
 from .snapshot import Launch
+from .solver import Job
 
 TurnedAway = Literal["duplicate", "busy"]
 
@@ -30,10 +31,22 @@ class ClosedRecord(NamedTuple):
     form: str
     sampling_steps: int | None
     overhead_ratio: float | None
+    rows: tuple[PartialSamples, ...] = ()
+    """Partials that are merged where the record is solved."""
 
     @property
     def complete(self) -> bool:
-        return len(self.group.ranks) == self.ranks_expected
+        return len(self.ranks) == self.ranks_expected
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        """All ranks of which something has come."""
+        return self.group.ranks | {one.rank for one in self.rows}
+
+    @property
+    def job(self) -> Job:
+        """What the solver needs of it."""
+        return Job(self.key, self.group, self.rows)
 
 
 @dataclass(slots=True)
@@ -45,6 +58,7 @@ class _Open:
     """False between closing and the answer that the record is durable, when the group must not change."""
     solved: bool = False
     ranks: set[int] = field(default_factory=set)
+    rows: list[PartialSamples] = field(default_factory=list)
     captured_at: float = 0.0
     forms: set[str] = field(default_factory=set)
     sampling_steps: int | None = None
@@ -54,8 +68,15 @@ class _Open:
     def complete(self) -> bool:
         return len(self.ranks) == self.ranks_expected
 
-    def add(self, partial: PartialCovariance, form: str) -> None:
-        self.group.add_(partial)
+    @property
+    def nbytes(self) -> int:
+        return self.group.nbytes + sum(one.nbytes for one in self.rows)
+
+    def add(self, partial: Partial, form: str) -> None:
+        if isinstance(partial, PartialSamples):
+            self.rows.append(partial)
+        else:
+            self.group.add_(partial)
         self.ranks.add(partial.rank)
         self.captured_at = max(self.captured_at, partial.captured_at)
         if partial.tokens:  # none look the same in either form
@@ -74,7 +95,12 @@ class _Open:
             MIXED if len(self.forms) > 1 else next(iter(self.forms), SCATTER),
             self.sampling_steps,
             self.overhead_ratio,
+            tuple(self.rows),
         )
+
+    def let_go(self) -> None:
+        """Forgets what was merged, but not whose it was."""
+        self.group, self.rows = Group(width=self.group.width), []
 
 
 class OpenRecords:
@@ -106,16 +132,16 @@ class OpenRecords:
             return "duplicate" if rank in entry.ranks else None if entry.waiting else "busy"
         if key in self._late:
             return "duplicate" if rank in self._late[key].ranks else None
-        held = self._bytes - sum(late.group.nbytes for late in self._late.values())  # those give way
+        held = self._bytes - sum(late.nbytes for late in self._late.values())  # those give way
         return "busy" if held and held + _group_bytes(width) > self._memory_bytes else None
 
     def merge(
-        self, partial: PartialCovariance, ranks_expected: int, now: float, form: str = SCATTER
+        self, partial: Partial, ranks_expected: int, now: float, form: str = SCATTER
     ) -> TurnedAway | Literal["merged"]:
         """Adds a partial to its group; the same rank twice counts once.
 
         Args:
-            partial: what came, as a scatter.
+            partial: what came: a scatter, or rows that are to stay rows until they are solved.
             ranks_expected: how many ranks make the record complete.
             now: on any clock, the same for all calls.
             form: in which the partial came.
@@ -131,9 +157,9 @@ class OpenRecords:
         if entry is None:
             self._forget_late(_group_bytes(partial.width))
             entry = _Open(Group(width=partial.width), ranks_expected, now + self._deadline_seconds)
-        before = entry.group.nbytes
+        before = entry.nbytes
         entry.add(partial, form)
-        self._bytes += entry.group.nbytes - before
+        self._bytes += entry.nbytes - before
         if self._late.pop(key, None) is not None:
             entry.waiting, entry.solved, entry.deadline = True, False, now + self._deadline_seconds
         self._open[key] = entry
@@ -155,8 +181,8 @@ class OpenRecords:
         entry = self._open[key]
         entry.solved = True
         if entry.complete:
-            self._bytes -= entry.group.nbytes
-            entry.group = Group(width=entry.group.width)
+            self._bytes -= entry.nbytes
+            entry.let_go()
 
     def settled(self, key: RecordKey, keep: bool = True) -> None:
         """A closed record is durable: its group goes, or waits for late ranks if it is incomplete and `keep`."""
@@ -165,17 +191,17 @@ class OpenRecords:
             self._late[key] = entry
             self._forget_late(0)
         else:
-            self._bytes -= entry.group.nbytes
+            self._bytes -= entry.nbytes
 
     def forget(self, ended: set[Launch]) -> None:
         """Drops what is kept for late ranks of launches that have ended."""
         for key in [one for one in self._late if (one.run_id, one.attempt) in ended]:
-            self._bytes -= self._late.pop(key).group.nbytes
+            self._bytes -= self._late.pop(key).nbytes
 
     def _forget_late(self, needed: int) -> None:
         while self._late and self._bytes + needed > self._memory_bytes:
             _, entry = self._late.popitem(last=False)
-            self._bytes -= entry.group.nbytes
+            self._bytes -= entry.nbytes
 
 
 def _group_bytes(width: int) -> int:
