@@ -39,6 +39,8 @@ CUBIC_SECONDS = {"cpu": 1e-9, "cuda": 2e-11}
 """What a solve may take for each n³, over `timeout_seconds`: ten times what a slow core, or a GPU, needs."""
 KEPT_BYTES = 256 << 20
 """A larger memory file is given back after its job; up to here its pages stay, since new ones cost more than a copy."""
+ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES)}
+"""The same for what the child allocates: new pages for each matrix would cost it 5 % of its time at D = 2048."""
 ALIGNMENT = 64
 _PR_SET_PDEATHSIG = 1
 
@@ -125,7 +127,8 @@ class SolverProcess:
         with theirs:
             descriptors = (theirs.fileno(), self._memory.descriptor)
             arguments = [str(one) for one in (*descriptors, os.getpid())]
-            process = subprocess.Popen([sys.executable, "-m", __name__, *arguments], pass_fds=descriptors)
+            command = [sys.executable, "-m", __name__, *arguments]
+            process = subprocess.Popen(command, pass_fds=descriptors, env=os.environ | ALLOCATION)
         self._child = _Child(process, Connection(ours.detach()))
         self._greeted = False
 

@@ -19,6 +19,8 @@ from .shares import entropy, variance_shares
 
 CHUNK_PAIRS = 1 << 16
 """Pairs of eigenvalues in memory at a time: two buffers of 512 KiB each."""
+TINY = 1e-300
+"""Stands for 0 where 0/0 would be 1."""
 
 
 class Correction(NamedTuple):
@@ -148,23 +150,22 @@ def soft_rank_corrected(eigenvalues: Tensor, tokens: int) -> float | None:
 
 
 def _pair_sum(share: Tensor) -> Tensor:
-    """Σ_{i<j} p_i p_j ln(p_i/p_j)/(p_i−p_j), a block of rows at a time, in memory that the cache holds.
+    """Σ_{i<j} p_i p_j ln(p_i/p_j)/(p_i−p_j) of descending shares, a block of rows at a time, in the cache.
 
-    With x = ½ ln(p_i/p_j) a term is √(p_i p_j)·x/sinh x: no difference of nearly equal numbers, 1 for x → 0.
+    With a = ln(p_j/p_i) ≤ 0 a term is p_j·a/(eᵃ−1): p_j for a → 0, and no difference of nearly equal numbers.
     """
     share = share[share > 0]
-    root, half_log = share.sqrt(), share.log() / 2
-    width = share.shape[0]
+    log_share, width = share.log(), share.shape[0]
     rows = max(1, CHUNK_PAIRS // width)
     total = share.new_zeros(())
-    x_RD, sinh_RD = share.new_empty(2, rows, width)
+    buffers = share.new_empty(2, rows * width)
     for start in range(0, width, rows):
         stop = min(start + rows, width)
-        x, sinh = (buffer[: stop - start, start:] for buffer in (x_RD, sinh_RD))
-        torch.sub(half_log[start:stop, None], half_log[None, start:], out=x)
-        torch.sinh(x, out=sinh)
-        ratio = x.div_(sinh).masked_fill_(sinh == 0, 1.0)
-        total += root[start:stop] @ ratio.triu_(1) @ root[start:]
+        a, e = (one[: (stop - start) * (width - start)].view(stop - start, -1) for one in buffers)
+        torch.sub(log_share[None, start:], log_share[start:stop, None], out=a)
+        a.clamp_(max=-TINY)
+        torch.expm1(a, out=e)
+        total += (a.div_(e).triu_(1) @ share[start:]).sum()
     return total
 
 
