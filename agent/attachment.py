@@ -49,6 +49,7 @@ def attach(
     store: str | os.PathLike[str] | None = None,
     aggregator: str = "embedded",
     tags: dict[str, str] | None = None,
+    latest_only: bool = False,
     metrics_port: int | None = None,
     limits: OutboxLimits | None = None,
 ) -> Agent:
@@ -76,6 +77,8 @@ def attach(
         aggregator: "embedded" (rank 0 starts one with a local Ray), "inline" (in this process, one rank, no Ray), or
             the address of the Ray cluster on which `eigenwatch serve` runs.
         tags: what to group runs by later, such as {"norm": "pre"}; stored with the run.
+        latest_only: whether an aggregator that falls behind may leave out a layer's older steps once a newer one waits.
+            Their records are stored, with `solver` "skipped" and no metrics.
         metrics_port: of the Prometheus endpoint on 127.0.0.1; 0 takes a free one. Default: a free one for the embedded
             aggregator, no endpoint for the inline one.
         limits: what may wait for delivery.
@@ -99,6 +102,7 @@ def attach(
         models.extend(_modules(model))
         _check_kind("limits", bounds, OutboxLimits)
         _check_kind("samples", samples, bool)
+        _check_kind("latest_only", latest_only, bool)
         _check_kind("aggregator", aggregator, str)
         _check_kind("store", store, str, os.PathLike, type(None))
         places = list(_iterable("declared", declared))
@@ -122,6 +126,7 @@ def attach(
                 "run_id": run_id,
                 "schedule": [one.schedule for one in watches],
                 "tags": {str(k): str(v) for k, v in (tags or {}).items()},
+                "latest_only": latest_only,
             },
             "layers": announced(observed),
             "chosen": sorted({index for one in watches for index in one.indices}),

@@ -239,6 +239,7 @@ def describe(
             for key, seen in sorted(layers.items(), key=lambda one: (one[0][0], one[0][1], one[0][2] or 0))
         ),
         tags=same["tags"],
+        latest_only=same["latest_only"],
     )
 
 

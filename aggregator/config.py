@@ -3,18 +3,34 @@
 from dataclasses import dataclass, field
 
 DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("float64", "float32")
+METHODS = ("exact", "slq")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolverConfig:
-    """Where covariances are solved."""
+    """Where and how covariances are solved."""
 
     device: str = "auto"
     """"cuda", "cpu", or "auto": a GPU where Ray gave this process one, else the CPU."""
+    precision: str = "float64"
+    """Of the first try on a GPU, "float64" or "float32"; the other is the second. A CPU takes float64."""
+    method: str = "exact"
+    """"exact", or "slq": an estimate by stochastic Lanczos quadrature, a preview for layers too wide to be solved."""
+    slq_width: int = 4096
+    """Matrices smaller than this are solved exactly, whatever `method` says."""
+    own_process: bool = False
+    """Whether a child of the shard solves, which may be killed at any time, or the shard itself, on the CPU."""
+    timeout_seconds: float = 60.0
+    """A solver process that has not answered this long after what its matrix should take at the very most is killed."""
 
     def __post_init__(self) -> None:
-        if self.device not in DEVICES:
-            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+        for name, known in (("device", DEVICES), ("precision", PRECISIONS), ("method", METHODS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("slq_width", "timeout_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,17 +6,18 @@ happens to a rank that comes late. The shard guards it with its lock.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from ..schemas import MIXED, SCATTER, PartialCovariance, PartialGroup, RecordKey, packed_length
+from ..schemas import MIXED, SCATTER, Arrived, PartialSamples, RecordKey, packed_length
 from ..spectrum import Group
 from .snapshot import Launch
+from .solver import Job
 
+SPECTRUM_NUMBER_BYTES = 4
 TurnedAway = Literal["duplicate", "overlap", "busy"]
-Mergeable = PartialCovariance | PartialGroup
 
 
 class ClosedRecord(NamedTuple):
@@ -29,14 +30,26 @@ class ClosedRecord(NamedTuple):
     form: str
     sampling_steps: int | None
     overhead_ratio: float | None
+    rows: tuple[PartialSamples, ...] = ()
+    """Partials that are merged where the record is solved."""
 
     @property
     def missing(self) -> frozenset[int]:
-        return frozenset(self.ranks_expected) - self.group.ranks
+        return frozenset(self.ranks_expected) - self.ranks
 
     @property
     def complete(self) -> bool:
         return not self.missing
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        """All ranks of which something has come."""
+        return self.group.ranks | {one.rank for one in self.rows}
+
+    @property
+    def job(self) -> Job:
+        """What the solver needs of it."""
+        return Job(self.key, self.group, self.rows)
 
 
 @dataclass(slots=True)
@@ -49,25 +62,31 @@ class _Open:
     solved: bool = False
     closed_at: float = 0.0
     ranks: set[int] = field(default_factory=set)
+    rows: list[PartialSamples] = field(default_factory=list)
     captured_at: float = 0.0
     forms: set[str] = field(default_factory=set)
     sampling_steps: int | None = None
     overhead_ratio: float | None = None
+    nbytes: int = 0
 
     @property
     def complete(self) -> bool:
         return len(self.ranks) == len(self.ranks_expected)
 
-    def add(self, partial: Mergeable, form: str) -> None:
-        self.group.add_(partial)
-        self.ranks |= partial.ranks
-        self.captured_at = max(self.captured_at, partial.captured_at)
-        if partial.tokens:  # none look the same in either form
+    def add(self, arrived: Arrived, form: str) -> None:
+        if isinstance(arrived, PartialSamples):
+            self.rows.append(arrived)
+        else:
+            self.group.add_(arrived)
+        self.ranks |= arrived.ranks
+        self.captured_at = max(self.captured_at, arrived.captured_at)
+        if arrived.tokens:  # none look the same in either form
             self.forms.add(form)
-        if partial.sampling_steps is not None:
-            self.sampling_steps = max(self.sampling_steps or 0, partial.sampling_steps)
-        if partial.overhead_ratio is not None:
-            self.overhead_ratio = max(self.overhead_ratio or 0.0, partial.overhead_ratio)
+        if arrived.sampling_steps is not None:
+            self.sampling_steps = max(self.sampling_steps or 0, arrived.sampling_steps)
+        if arrived.overhead_ratio is not None:
+            self.overhead_ratio = max(self.overhead_ratio or 0.0, arrived.overhead_ratio)
+        self.nbytes = self.group.nbytes + sum(one.nbytes for one in self.rows)
 
     def closed(self, key: RecordKey) -> ClosedRecord:
         return ClosedRecord(
@@ -78,7 +97,15 @@ class _Open:
             MIXED if len(self.forms) > 1 else next(iter(self.forms), SCATTER),
             self.sampling_steps,
             self.overhead_ratio,
+            tuple(self.rows),
         )
+
+    def let_go(self) -> None:
+        """It is solved, and its spectrum waits to be written: what was merged into a complete one is done with."""
+        self.solved = True
+        if self.complete:
+            self.group, self.rows, self.nbytes = Group(width=self.group.width), [], 0
+        self.nbytes += SPECTRUM_NUMBER_BYTES * self.group.width
 
 
 class OpenRecords:
@@ -90,7 +117,6 @@ class OpenRecords:
         self._open: OrderedDict[RecordKey, _Open] = OrderedDict()
         self._late: OrderedDict[RecordKey, _Open] = OrderedDict()
         """Closed and durable but incomplete, kept while there is room in case the rest arrives."""
-        self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -123,16 +149,15 @@ class OpenRecords:
             if ranks & held:
                 return "duplicate" if ranks <= held else "overlap"
             return "busy" if key in self._open and not self._open[key].waiting else None
-        busy = self._bytes - sum(late.group.nbytes for late in self._late.values())  # those give way
-        return "busy" if busy and busy + _group_bytes(width) > self._memory_bytes else None
+        return None if self._has_room(key.run_id, _group_bytes(width)) else "busy"
 
     def merge(
-        self, partial: Mergeable, ranks_expected: Sequence[int], now: float, form: str = SCATTER
+        self, arrived: Arrived, ranks_expected: Sequence[int], now: float, form: str = SCATTER
     ) -> TurnedAway | Literal["merged"]:
         """Adds a partial, or a group of them, to its group; the same rank twice counts once.
 
         Args:
-            partial: what came, as a scatter.
+            arrived: a scatter, a group of them, or rows that are to stay rows until they are solved.
             ranks_expected: the ranks that make the record complete.
             now: on any clock, the same for all calls.
             form: in which it came.
@@ -140,17 +165,15 @@ class OpenRecords:
         Raises:
             ValueError: it contradicts another block of its share.
         """
-        key = partial.key
-        answer = self.turned_away(key, partial.ranks, partial.width)
+        key = arrived.key
+        answer = self.turned_away(key, arrived.ranks, arrived.width)
         if answer is not None:
             return answer
         entry = self._open.get(key) or self._late.get(key)
         if entry is None:
-            self._forget_late(_group_bytes(partial.width))
-            entry = _Open(Group(width=partial.width), ranks_expected, now + self._deadline_seconds)
-        before = entry.group.nbytes
-        entry.add(partial, form)
-        self._bytes += entry.group.nbytes - before
+            self._forget_late(_group_bytes(arrived.width))
+            entry = _Open(Group(width=arrived.width), ranks_expected, now + self._deadline_seconds)
+        entry.add(arrived, form)
         if self._late.pop(key, None) is not None:
             entry.waiting, entry.solved, entry.deadline = True, False, now + self._deadline_seconds
         self._open[key] = entry
@@ -168,31 +191,39 @@ class OpenRecords:
         return sorted((entry.closed(key) for key, entry in due), key=lambda one: (one.key.step, one.key.layer))
 
     def solved(self, key: RecordKey) -> None:
-        """A closed record is solved: of a complete one the ranks are enough, until it is durable."""
-        entry = self._open[key]
-        entry.solved = True
-        if entry.complete:
-            self._bytes -= entry.group.nbytes
-            entry.group = Group(width=entry.group.width)
+        """A closed record is solved: of a complete one ranks and spectrum are enough, until it is durable."""
+        self._open[key].let_go()
 
     def settled(self, key: RecordKey, keep: bool = True) -> None:
         """A closed record is durable: its group goes, or waits for late ranks if it is incomplete and `keep`."""
         entry = self._open.pop(key)
         if keep and not entry.complete:
+            entry.nbytes -= SPECTRUM_NUMBER_BYTES * entry.group.width if entry.solved else 0
             self._late[key] = entry
             self._forget_late(0)
-        else:
-            self._bytes -= entry.group.nbytes
 
     def forget(self, ended: set[Launch]) -> None:
         """Drops what is kept for late ranks of launches that have ended."""
         for key in [one for one in self._late if (one.run_id, one.attempt) in ended]:
-            self._bytes -= self._late.pop(key).group.nbytes
+            del self._late[key]
+
+    def _has_room(self, run_id: str, needed: int) -> bool:
+        """Whether one more group may be begun. Where several runs have open records each has an equal part, so that
+        none waits for the memory that another floods. What is kept for late ranks gives way."""
+        held: Counter[str] = Counter()
+        for key, entry in self._open.items():
+            held[key.run_id] += entry.nbytes
+        if held.total() <= self._memory_bytes and all(entry.solved for entry in self._open.values()):
+            return True  # one is merged however little there is, a sibling for which a solved one waits too
+        part = self._memory_bytes // len(held.keys() | {run_id})
+        alone = not held[run_id] or held[run_id] + needed <= part
+        return alone and held.total() + needed <= self._memory_bytes
 
     def _forget_late(self, needed: int) -> None:
-        while self._late and self._bytes + needed > self._memory_bytes:
+        held = sum(entry.nbytes for entries in (self._open, self._late) for entry in entries.values())
+        while self._late and held + needed > self._memory_bytes:
             _, entry = self._late.popitem(last=False)
-            self._bytes -= entry.group.nbytes
+            held -= entry.nbytes
 
 
 def _group_bytes(width: int) -> int:

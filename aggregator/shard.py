@@ -1,17 +1,19 @@
 """A shard: merges the partials of its layers, solves, measures, judges and stores.
 
 `push` and the other methods are called from many threads (a Ray actor with several, or the agent's outbox in one
-process) and only merge. One worker thread does the rest: it closes records, solves them one after the other, and writes
-what is solved about once a second. A record counts, for couriers and for the endpoint, when its file is durable.
+process) and only merge. One worker thread does the rest: it closes records, has them solved in the order of the
+backlog, and writes what is solved about once a second. A record counts, for couriers and for the endpoint, when its
+file is durable.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
 import uuid
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Set
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -38,15 +40,17 @@ from ..schemas import (
 )
 from ..schemas.delivery import Fate, Fates, PushReply
 from ..spectrum import covariance_of
+from .backlog import Backlog
 from .config import ShardLimits, SolverConfig
 from .judge import Judge
-from .open_records import ClosedRecord, Mergeable, OpenRecords
+from .open_records import ClosedRecord, OpenRecords
 from .pressure import Pressure
 from .recovery import SeriesMemory, series_memory, stored_alerts
 from .site_pairs import SitePairs, sibling_of
 from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, Launch, RunCounters, ShardSnapshot
-from .solved_record import SolvedRecord, rows_by_table, solve_record
-from .solver import Solver
+from .solved_record import SKIPPED, SolvedRecord, record_of, rows_by_table, skipped_record, solvable
+from .solver import LocalSolver, Solved, Solver, unsolved
+from .solver_process import SolverProcess
 from .stored import stored_records
 from .writer import StoreWriter, UnwritableRows
 
@@ -74,8 +78,10 @@ class Shard:
     def __init__(self, store: str, solver: SolverConfig, limits: ShardLimits) -> None:
         self.incarnation = uuid.uuid4().hex
         self._writer = StoreWriter(store)
-        self._solver = Solver(solver)
+        self._solver: Solver = SolverProcess(solver) if solver.own_process else LocalSolver(solver)
         self._runs: dict[Launch, dict[tuple[int, str, int | None], LayerDescription]] = {}
+        self._latest_only: set[Launch] = set()
+        """Launches whose older steps need not be solved once a newer one waits."""
         self._open = OpenRecords(limits.deadline_seconds, limits.memory_bytes)
         self._durable: OrderedDict[RecordKey, frozenset[int]] = OrderedDict()
         """Ranks that each record lacks that is done with: durable, or given up and counted as dropped."""
@@ -95,7 +101,7 @@ class Shard:
         """Launches that nobody announced, and when they were first heard of."""
         self._solve_seconds = Histogram.empty(SOLVE_BOUNDS)
         self._latency_seconds = Histogram.empty(LATENCY_BOUNDS)
-        self._backlog: deque[ClosedRecord] = deque()
+        self._backlog = Backlog()
         self._pairs = SitePairs(limits.deadline_seconds)
         self._unwritten: list[SolvedRecord] = []
         self._write_at = 0.0
@@ -124,6 +130,8 @@ class Shard:
                     written_at = one.latest["written_at"].timestamp()
                     self._latest[series] = LatestRecord(series, one.latest["step"], written_at, _gauges(one.latest))
                 self._runs[launch] = {(layer.layer, layer.site, layer.expert): layer for layer in run.layers}
+                if run.latest_only:
+                    self._latest_only.add(launch)
                 self._strangers.pop(launch, None)
 
     def _recalled(
@@ -212,10 +220,11 @@ class Shard:
     def _take(self, arrived: Arrived) -> PushReply:
         with self._changed:
             turned_away = self._turned_away(arrived)
-        if turned_away is not None:
-            return turned_away
-        # The scatter of rows is a product of matrices: pushes of other ranks go on meanwhile.
-        mergeable = covariance_of(arrived) if isinstance(arrived, PartialSamples) else arrived
+            if turned_away is not None:
+                return turned_away
+            shares = self._shares_of(arrived.key)
+        # Copying rows, and their product all the more, takes time: pushes of other ranks go on meanwhile.
+        mergeable = _mergeable(arrived, shares)
         form = arrived.forms if isinstance(arrived, PartialGroup) else arrived.form
         with self._changed:
             return self._turned_away(arrived) or self._merge(mergeable, form)
@@ -243,7 +252,11 @@ class Shard:
             self._duplicated[key.run_id] += len(arrived.ranks)
         return None if answer is None else PushReply(answer)
 
-    def _merge(self, arrived: Mergeable, form: str) -> PushReply:
+    def _shares_of(self, key: RecordKey) -> int:
+        layers = self._runs[(key.run_id, key.attempt)]
+        return len(layers[(key.layer, key.site, key.expert)].shares)
+
+    def _merge(self, arrived: Arrived, form: str) -> PushReply:
         key = arrived.key
         layer = self._runs[(key.run_id, key.attempt)][(key.layer, key.site, key.expert)]
         try:
@@ -257,20 +270,29 @@ class Shard:
         return PushReply(merged)
 
     def _work(self) -> None:
+        self._solver.start()  # by this thread, with which it dies
+        try:
+            self._work_until_stopped()
+        finally:
+            self._solver.close()
+
+    def _work_until_stopped(self) -> None:
         while True:
             with self._changed:
-                self._backlog.extend(self._open.close_due(time.monotonic(), everything=self._flushing))
-                closed = self._backlog.popleft() if self._backlog else None
+                self._backlog.add(self._open.close_due(time.monotonic(), everything=self._flushing))
+                if self._latest_only:
+                    self._skip(self._backlog.superseded(self._latest_only, self._durable))
+                batch = self._backlog.next()
                 ending = self._flushing or self._stopping
-                self._ready(self._pairs.overdue(time.monotonic(), everything=ending and closed is None))
-                idle = closed is None and not self._write_due()
+                self._ready(self._pairs.overdue(time.monotonic(), everything=ending and not batch))
+                idle = not batch and not self._write_due()
                 if idle and self._stopping:
                     return
                 if idle:
                     self._changed.wait(IDLE_SECONDS)
                     continue
-            if closed is not None:
-                self._solve_or_drop(closed)
+            if batch:
+                self._solve_or_drop(batch)
             if self._write_due():
                 self._write()
 
@@ -305,19 +327,59 @@ class Shard:
 
     def _write_due(self) -> bool:
         """A flush writes at once, but not again and again into a store that has just refused."""
-        hurry = self._flushing and not self._backlog and not self._refused
+        hurry = self._flushing and not len(self._backlog) and not self._refused
         return bool(self._unwritten) and (hurry or time.monotonic() >= self._write_at)
 
-    def _solve_or_drop(self, closed: ClosedRecord) -> None:
-        try:
-            self._solve(closed)
-        except Exception as error:
-            log.exception("run %s layer %d step %d is lost", closed.key.run_id, closed.key.layer, closed.key.step)
-            self._drop(closed, type(error).__name__)
+    def _solve_or_drop(self, batch: list[ClosedRecord]) -> None:
+        """Solves records of one run and width together; what cannot become a record is counted."""
+        started = time.perf_counter()
+        kept = [closed for closed in batch if not self._dropped_unsolved(closed)]
+        jobs = [closed.job for closed in kept if solvable(closed)]
+        answers = iter(self._solver.solve(jobs) if jobs else ())
+        for closed in kept:
+            try:
+                solved = next(answers) if solvable(closed) else unsolved()
+                self._solved(closed, solved, (time.perf_counter() - started) / len(batch))
+            except Exception as error:
+                log.exception("run %s layer %d step %d is lost", closed.key.run_id, closed.key.layer, closed.key.step)
+                self._drop(closed, type(error).__name__)
+        with self._changed:
+            self._backlog.spent(batch[0].key.run_id, time.perf_counter() - started)
+
+    def _dropped_unsolved(self, closed: ClosedRecord) -> bool:
+        """Gives up a record that is not to be solved: only a part of a share has come, or the store knows more."""
+        stored = self._durable.get(closed.key)
+        if stored is not None and len(closed.missing) >= len(stored):
+            self._drop(closed, "late")  # a late rank, after its record's group was given up
+            return True
+        if closed.group.finite and not closed.group.finished and not closed.rows:
+            self._drop(closed, "incomplete_share")
+            return True
+        return False
+
+    def _solved(self, closed: ClosedRecord, solved: Solved, solve_seconds: float) -> None:
+        key, record = closed.key, record_of(closed, solved, solve_seconds)
+        if solved.failure is not None:
+            log.error("run %s layer %d step %d was not solved: %s", key.run_id, key.layer, key.step, solved.failure)
+        with self._changed:
+            if solved.failure is not None:
+                self._dropped[(key.run_id, "unsolved")] += len(closed.ranks)
+            if record.eigenvalues is not None:  # now and not when it is written: a pair may wait, an alert need not
+                record = record._replace(alerts=tuple(self._judge.judge(key, record.row)))
+            self._solve_seconds = self._solve_seconds.observe(solve_seconds)
+            self._join(record)
+
+    def _skip(self, superseded: list[ClosedRecord]) -> None:
+        for closed in superseded:
+            self._join(skipped_record(closed))
+
+    def _join(self, record: SolvedRecord) -> None:
+        self._open.solved(record.key)
+        self._ready(self._pairs.join(record, self._sibling_comes(record.key), time.monotonic()))
 
     def _drop(self, closed: ClosedRecord, reason: str) -> None:
         with self._changed:
-            self._lose(closed.key, closed.group.ranks, reason)
+            self._lose(closed.key, closed.ranks, reason)
             self._ready(self._pairs.give_up(closed.key))
 
     def _lose(self, key: RecordKey, ranks: Set[int], reason: str) -> None:
@@ -346,24 +408,6 @@ class Shard:
             return False
         comes = layer.paired and sibling not in self._open and sibling not in self._durable
         return comes or self._open.unsolved(sibling)
-
-    def _solve(self, closed: ClosedRecord) -> None:
-        key = closed.key
-        stored = self._durable.get(key)
-        if stored is not None and len(closed.missing) >= len(stored):
-            # Only a late rank, after its record's group was given up: the stored record knows more.
-            self._drop(closed, "late")
-            return
-        if closed.group.finite and not closed.group.finished:
-            self._drop(closed, "incomplete_share")
-            return
-        solved = solve_record(closed, self._solver)
-        with self._changed:
-            if solved.eigenvalues is not None:  # now and not when it is written: a pair may wait, an alert need not
-                solved = solved._replace(alerts=tuple(self._judge.judge(key, solved.row)))
-            self._open.solved(key)
-            self._ready(self._pairs.join(solved, self._sibling_comes(key), time.monotonic()))
-            self._solve_seconds = self._solve_seconds.observe(solved.row["solve_seconds"])
 
     def _write(self) -> None:
         """Writes what is solved, a file a table and run; what the store refuses waits for the next time."""
@@ -404,7 +448,7 @@ class Shard:
                 self._durable[one.key] = frozenset(one.row["ranks_missing"] or ())
                 self._given_up.pop(one.key, None)  # its group was kept, and the rest of a share came after all
                 latest = self._latest.get(one.key.series)
-                if latest is None or latest.step <= one.key.step:
+                if (latest is None or latest.step <= one.key.step) and one.row["solver"] != SKIPPED:
                     self._latest[one.key.series] = LatestRecord(one.key.series, one.key.step, now, _gauges(one.row))
                 latency = max(now - one.row["captured_at"].timestamp(), 0.0)
                 self._latency_seconds = self._latency_seconds.observe(latency)
@@ -440,6 +484,7 @@ class Shard:
             for name in [one for one in self._dropped if one[0] == run]:
                 del self._dropped[name]
         self._pressure.forget({run for run, _ in gone} - {run for run, _ in self._runs})
+        self._latest_only -= gone
         self._judge.forget(gone)
         self._open.forget(gone)
 
@@ -452,6 +497,16 @@ def _check_clock(arrived: Arrived) -> None:
             f"rank {arrived.rank} of run {arrived.key.run_id} captured step {arrived.key.step} "
             f"{ahead / 86400:.1f} days from now: set its host's clock",
         )
+
+
+def _mergeable(arrived: Arrived, shares: int) -> Arrived:
+    """What arrived as it is merged, in memory of its own: rows stay rows where, if every share has as many, all
+    together are fewer than D, and else become a scatter."""
+    if not isinstance(arrived, PartialSamples):
+        return arrived
+    if arrived.tokens * shares < arrived.width:
+        return dataclasses.replace(arrived, samples=arrived.samples.copy())
+    return covariance_of(arrived)
 
 
 def _announced(layers: dict[tuple[int, str, int | None], LayerDescription], arrived: Arrived) -> LayerDescription:

@@ -1,25 +1,22 @@
-"""From a closed group to rows: solve, measure, and lay out what the store keeps of it.
+"""From a solved group to rows: what the store keeps of a record.
 
 Called by the shard's worker thread; no state.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schemas import METRIC_NAMES, RecordKey
-from ..spectrum import measure
+from ..schemas import RecordKey
 from .open_records import ClosedRecord
-from .solver import SolveFailed, Solver
+from .solver import Solved, unsolved
 
-log = logging.getLogger("eigenwatch.aggregator")
-
+SKIPPED = "skipped"
+"""In place of a solver's path: a newer record of the series waited, and the run wants only the latest."""
 KEY_COLUMNS = ("step", "attempt", "layer", "site", "expert")
 
 
@@ -30,43 +27,45 @@ class SolvedRecord(NamedTuple):
     row: dict[str, Any]
     """Of `records`, but for `written_at`."""
     eigenvalues: NDArray[np.float32] | None
-    """(D,) descending; None where the activations were not finite, there were none, or no solver succeeded."""
+    """(D,) descending; None where there were no activations or not finite ones, and where it was not solved."""
     alerts: tuple[dict[str, Any], ...] = ()
     """Rows of `alerts` that it causes, but for `written_at`."""
 
 
-def solve_record(closed: ClosedRecord, solver: Solver) -> SolvedRecord:
-    """Solves and measures one group; a group that cannot be solved gives a record with null metrics."""
-    key, group = closed.key, closed.group
-    started = time.perf_counter()
-    eigenvalues, path = None, None
-    metrics: dict[str, Any] = dict.fromkeys((*METRIC_NAMES, "hard_rank_correction"))
-    if group.finite and group.tokens:
-        try:
-            spectrum, path = solver.solve(group.covariance())
-            metrics = measure(group, spectrum)
-            eigenvalues = spectrum.float().numpy()
-        except SolveFailed as error:
-            log.error("run %s layer %d step %d was not solved: %s", key.run_id, key.layer, key.step, error)
+def solvable(closed: ClosedRecord) -> bool:
+    """Whether there is anything to solve: partials that are not finite, or of no tokens, have no spectrum."""
+    return closed.group.finite and closed.job.tokens > 0
+
+
+def record_of(closed: ClosedRecord, solved: Solved, solve_seconds: float) -> SolvedRecord:
+    """The record that is stored; one that could not be solved has null metrics."""
+    key = closed.key
+    tokens, width = closed.job.tokens, closed.group.width
     row = {
         **{column: getattr(key, column) for column in KEY_COLUMNS},
-        "width": group.width,
-        "tokens": group.tokens,
-        "tokens_per_width": group.tokens / group.width,
-        **metrics,
-        "finite": group.finite,
+        "width": width,
+        "tokens": tokens,
+        "tokens_per_width": tokens / width,
+        **solved.metrics,
+        "finite": closed.group.finite and solved.finite,
         "complete": closed.complete,
-        "ranks_seen": len(group.ranks),
+        "ranks_seen": len(closed.ranks),
         "ranks_expected": len(closed.ranks_expected),
         "ranks_missing": sorted(closed.missing) or None,
         "form": closed.form,
         "sampling_steps": closed.sampling_steps,
         "overhead_ratio": closed.overhead_ratio,
-        "solver": path,
-        "solve_seconds": time.perf_counter() - started,
+        "solver": solved.path,
+        "solver_error": solved.error,
+        "solve_seconds": solve_seconds,
         "captured_at": datetime.fromtimestamp(closed.captured_at, UTC),
     }
-    return SolvedRecord(key, row, eigenvalues)
+    return SolvedRecord(key, row, solved.eigenvalues)
+
+
+def skipped_record(closed: ClosedRecord) -> SolvedRecord:
+    """The record of a step that is not solved because a newer one waits: it says so, and has no metrics."""
+    return record_of(closed, unsolved()._replace(path=SKIPPED), 0.0)
 
 
 def rows_by_table(solved: list[SolvedRecord], written_at: datetime) -> dict[str, list[dict[str, Any]]]:

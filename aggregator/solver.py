@@ -1,51 +1,205 @@
-"""The solver: eigenvalues of one covariance, by the first rung of a ladder that succeeds.
+"""The solver: from the merged partials of a record to its eigenvalues and metrics, by the first rung of a ladder that
+succeeds.
 
-Runs on the shard's worker thread; torch releases the interpreter lock while it works, so pushes go on.
+A job is values alone and `solve_at` a function of it, so that it runs alike in the shard's own process (`LocalSolver`:
+notebooks and tests) and in a child that may be killed (`solver_process`). The shard's worker thread calls `solve`.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ..spectrum import eigenvalues
+from ..schemas import METRIC_NAMES, PartialSamples, RecordKey
+from ..spectrum import Gram, Group, covariance_of, eigenvalues_of_lower, measure_together, rows_of
 from .config import SolverConfig
+
+log = logging.getLogger("eigenwatch.aggregator")
+
+
+class Job(NamedTuple):
+    """What is solved: a finite group, and the partials that are still rows."""
+
+    key: RecordKey
+    group: Group
+    rows: tuple[PartialSamples, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.group.tokens + sum(one.tokens for one in self.rows)
+
+    @property
+    def by_products(self) -> bool:
+        """Whether the N×N products of the rows are solved: every token came as a row, and they are fewer than D."""
+        return bool(self.rows) and not self.group.tokens and self.tokens < self.group.width
+
+    @property
+    def order(self) -> int:
+        """Of the matrix that is solved: N or D."""
+        return self.tokens if self.by_products else self.group.width
+
+
+class Rung(NamedTuple):
+    """One way to solve."""
+
+    device: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.precision}"
 
 
 class Solved(NamedTuple):
-    """A spectrum and how it was found."""
+    """What became of a job."""
 
-    eigenvalues: Tensor
-    """(D,) float64 on the CPU, descending."""
-    path: str
-    """The rung that succeeded, such as "cpu-float64"."""
+    metrics: dict[str, Any]
+    """By column; all None where `eigenvalues` is."""
+    eigenvalues: NDArray[np.float32] | None
+    """(D,) descending; None where rows were not finite, or every rung failed."""
+    path: str | None
+    """The rung that succeeded and what it did, such as "cpu-float64" or "cuda-float64-gram"."""
+    finite: bool = True
+    """False where rows held NaN or Inf."""
+    error: float | None = None
+    """Relative standard error of `soft_rank`, where the spectrum is an estimate."""
+    failure: str | None = None
+    """Why every rung failed."""
 
 
-class SolveFailed(RuntimeError):
-    """No rung of the ladder found the eigenvalues."""
+class RungFailed(RuntimeError):
+    """A rung did not solve these jobs."""
+
+    def __init__(self, why: str, died: bool = False) -> None:
+        super().__init__(why)
+        self.died = died
+        """Whether the solver went with it, which need not have been the job's fault."""
 
 
-class Solver:
-    """Solves in float64 on the GPU if there is one, else, or when that fails, on the CPU."""
+class Solver(Protocol):
+    """What the shard's worker thread asks of a solver; all calls come from that thread."""
+
+    def start(self) -> None:
+        """Makes ready, and does not wait for it."""
+        ...
+
+    def solve(self, jobs: Sequence[Job]) -> list[Solved]:
+        """Solves jobs of one width together; one answer each, in their order. Fails for none."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LocalSolver:
+    """Solves in this process."""
 
     def __init__(self, config: SolverConfig) -> None:
-        gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        self._ladder = ("cuda", "cpu") if gpu else ("cpu",)
+        self._config = config
+        self._ladder = ladder(config, torch.cuda.is_available())
 
-    def solve(self, covariance: Tensor) -> Solved:
-        """Eigenvalues of a finite (D, D) covariance.
+    def start(self) -> None:
+        pass
 
-        Raises:
-            SolveFailed: every rung failed; the message says how.
-        """
-        failures = []
-        for device in self._ladder:
-            try:
-                found = eigenvalues(covariance.to(device)).cpu()
-            except (RuntimeError, ValueError, AssertionError) as error:  # the last: a torch without CUDA
-                failures.append(f"{device}: {error}")
-                continue
-            if bool(torch.isfinite(found).all()):
-                return Solved(found, f"{device}-float64")
-            failures.append(f"{device}: not finite")
-        raise SolveFailed("; ".join(failures))
+    def solve(self, jobs: Sequence[Job]) -> list[Solved]:
+        return climb(jobs, self._ladder, self._attempt)
+
+    def close(self) -> None:
+        pass
+
+    def _attempt(self, jobs: Sequence[Job], rung: Rung) -> list[Solved]:
+        try:
+            return solve_at(jobs, rung, self._config)
+        except (RuntimeError, ValueError, AssertionError, MemoryError) as error:  # assertion: a torch without CUDA
+            raise RungFailed(str(error) or type(error).__name__) from error
+
+
+def ladder(config: SolverConfig, gpu: bool) -> tuple[Rung, ...]:
+    """The rungs, first to last: on a GPU both precisions, the wanted one first, then the CPU."""
+    other = "float32" if config.precision == "float64" else "float64"
+    on_gpu = (Rung("cuda", config.precision), Rung("cuda", other))
+    use_gpu = config.device == "cuda" or (config.device == "auto" and gpu)
+    return (*(on_gpu if use_gpu else ()), Rung("cpu", "float64"))
+
+
+def climb(
+    jobs: Sequence[Job], rungs: Sequence[Rung], attempt: Callable[[Sequence[Job], Rung], list[Solved]]
+) -> list[Solved]:
+    """The answers of the first rung on which `attempt` does not raise `RungFailed`.
+
+    Jobs that fail together are tried again one by one, so that one of them spoils no other. A solver that died on the
+    last rung is given it once more: somebody else may have killed it, and below there is nothing.
+    """
+    failures: list[str] = []
+    again = False
+    for rung in (*rungs, rungs[-1]):
+        if len(failures) == len(rungs) and not again:
+            break
+        try:
+            return attempt(jobs, rung)
+        except RungFailed as failed:
+            if len(jobs) > 1:
+                log.warning("%d records failed together on %s (%s): one by one", len(jobs), rung, failed)
+                return [solved for job in jobs for solved in climb([job], rungs, attempt)]
+            failures.append(f"{rung}: {failed}")
+            again = failed.died
+    return [unsolved(failure="; ".join(failures))]
+
+
+def unsolved(finite: bool = True, failure: str | None = None) -> Solved:
+    """Of a job without eigenvalues."""
+    return Solved(dict.fromkeys((*METRIC_NAMES, "hard_rank_correction")), None, None, finite, failure=failure)
+
+
+def solve_at(jobs: Sequence[Job], rung: Rung, config: SolverConfig) -> list[Solved]:
+    """Solves and measures jobs of one width on one rung.
+
+    Raises:
+        RuntimeError, ValueError: one of them could not be solved.
+    """
+    merged = [_merged(job, rung.device) for job in jobs]
+    finite = [index for index, one in enumerate(merged) if one.finite]
+    solved = [unsolved(finite=False)] * len(jobs)
+    if not finite:
+        return solved
+    spectra_KD = _spectra([merged[index] for index in finite], rung)
+    metrics = measure_together([merged[index] for index in finite], spectra_KD)
+    stored_KD = spectra_KD.float().numpy()
+    for index, values, spectrum in zip(finite, metrics, stored_KD, strict=True):
+        path = f"{rung}-gram" if isinstance(merged[index], Gram) else str(rung)
+        solved[index] = Solved(values, spectrum, path)
+    return solved
+
+
+def _merged(job: Job, device: str) -> Group | Gram:
+    if job.by_products:
+        return Gram.of([rows_of(one).to(device) for one in job.rows if one.tokens])
+    if not job.rows:
+        return job.group
+    group = Group(width=job.group.width).add_(job.group)  # a copy: what failed is tried again
+    for one in job.rows:
+        group.add_(covariance_of(one))
+    return group
+
+
+def _spectra(merged: Sequence[Group | Gram], rung: Rung) -> Tensor:
+    """(K, D) float64 on the CPU: the covariances' eigenvalues, those of one order in one call."""
+    spectra_KD = torch.zeros(len(merged), merged[0].width, dtype=torch.float64)
+    by_order: dict[int, list[int]] = {}
+    for index, one in enumerate(merged):
+        by_order.setdefault(one.tokens if isinstance(one, Gram) else one.width, []).append(index)
+    for order, members in by_order.items():
+        lowers = [_lower(merged[index], rung.device) for index in members]
+        lower = lowers[0][None] if len(lowers) == 1 else torch.stack(lowers)
+        found = eigenvalues_of_lower(lower, dtype=getattr(torch, rung.precision))
+        degrees_K = torch.tensor([max(merged[index].tokens - 1, 1) for index in members])
+        spectra_KD[members, :order] = found / degrees_K[:, None]
+    return spectra_KD
+
+
+def _lower(merged: Group | Gram, device: str) -> Tensor:
+    return merged.products if isinstance(merged, Gram) else merged.lower(device)

@@ -36,6 +36,20 @@ CHILD_NICENESS = 5
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="Of the solver.",
 )
+@click.option(
+    "--precision",
+    default="float64",
+    show_default=True,
+    type=click.Choice(["float64", "float32"]),
+    help="Of the solver's first try on a GPU.",
+)
+@click.option(
+    "--solver",
+    default="exact",
+    show_default=True,
+    type=click.Choice(["exact", "slq"]),
+    help="slq: estimate wide layers by stochastic Lanczos quadrature; their records say with which error.",
+)
 @click.option("--deadline", default=60.0, show_default=True, help="Seconds that a record waits for its last rank.")
 @click.option("--json", "as_json", is_flag=True, help="Say where it serves as one line of JSON.")
 @click.option("--follow-stdin", is_flag=True, hidden=True, help="End when standard input does: an embedded aggregator.")
@@ -46,6 +60,8 @@ def serve(
     metrics_port: int,
     shards: int,
     device: str,
+    precision: str,
+    solver: str,
     deadline: float,
     as_json: bool,
     follow_stdin: bool,
@@ -69,7 +85,7 @@ def serve(
             metrics_host=metrics_host,
             metrics_port=metrics_port,
             shards=shards,
-            solver=SolverConfig(device=device),
+            solver=SolverConfig(device=device, precision=precision, method=solver, own_process=True),
             limits=ShardLimits(deadline_seconds=deadline),
         )
     )

@@ -75,6 +75,8 @@ class RunDescription:
     layers: tuple[LayerDescription, ...]
     tags: dict[str, str] = field(default_factory=dict)
     """Whatever the user wants to group runs by: norm, family, seed."""
+    latest_only: bool = False
+    """Whether a layer's step need not be solved once a newer one waits; its record says so and has no metrics."""
 
     def __post_init__(self) -> None:
         check_run_id(self.run_id)

@@ -47,7 +47,8 @@ RECORDS = pa.schema(
         pa.field("form", pa.string(), nullable=False),  # "scatter", "samples" or "mixed"
         pa.field("sampling_steps", pa.int64()),
         pa.field("overhead_ratio", pa.float64()),
-        pa.field("solver", pa.string()),  # the path taken: "cpu-float64", "cuda-float32", …
+        pa.field("solver", pa.string()),  # the path taken: "cpu-float64", "cuda-float32-gram", …; or "skipped"
+        pa.field("solver_error", pa.float64()),  # relative standard error of soft_rank, where it is an estimate
         pa.field("solve_seconds", pa.float64(), nullable=False),
         pa.field("captured_at", _TIME, nullable=False),
         _WRITTEN_AT,

@@ -8,17 +8,19 @@ descending order, named as its column in `records`, batched, differentiable and 
 from .concentration import spectral_concentration, top1_share, variance_share
 from .corrections import (
     Correction,
+    Merged,
     hard_rank_corrected,
     hard_rank_from_pairs,
     hard_rank_gaussian,
     soft_rank_corrected,
 )
 from .divergence import js_divergence
-from .eigenvalues import eigenvalues
-from .measure import measure
+from .eigenvalues import eigenvalues, eigenvalues_of_lower
+from .gram import Gram, ShareMoments
+from .measure import measure, measure_together
 from .merge import Group, Share, merge
 from .moments import Moments
-from .partial import covariance_of, partial_of, partial_of_nothing, samples_of
+from .partial import covariance_of, partial_of, partial_of_nothing, rows_of, samples_of
 from .power_law import PowerLaw, power_law
 from .products import Product, product_for
 from .ranks import (
@@ -30,20 +32,24 @@ from .ranks import (
     utilization_index,
 )
 from .shares import entropy, variance_shares
-from .triangle import block_length, block_views, pack, trace_and_frobenius_sq, unpack
+from .triangle import block_length, block_views, lower_of, pack, trace_and_frobenius_sq, unpack
 
 __all__ = [
     "Correction",
+    "Gram",
     "Group",
+    "Merged",
     "Moments",
     "PowerLaw",
     "Product",
     "Share",
+    "ShareMoments",
     "block_length",
     "block_views",
     "covariance_of",
     "effective_dimension",
     "eigenvalues",
+    "eigenvalues_of_lower",
     "entropy",
     "hard_rank",
     "hard_rank_corrected",
@@ -51,13 +57,16 @@ __all__ = [
     "hard_rank_gaussian",
     "hard_utilization",
     "js_divergence",
+    "lower_of",
     "measure",
+    "measure_together",
     "merge",
     "pack",
     "partial_of",
     "partial_of_nothing",
     "power_law",
     "product_for",
+    "rows_of",
     "samples_of",
     "soft_rank",
     "soft_rank_corrected",

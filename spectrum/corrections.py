@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .merge import Group
 from .shares import entropy, variance_shares
-from .triangle import trace_and_frobenius_sq
 
-CHUNK_PAIRS = 1 << 20
-"""Pairs of eigenvalues in memory at a time; a few temporaries of 8 MiB each."""
+CHUNK_PAIRS = 1 << 16
+"""Pairs of eigenvalues in memory at a time: two buffers of 512 KiB each."""
+TINY = 1e-300
+"""Stands for 0 where 0/0 would be 1."""
 
 
 class Correction(NamedTuple):
@@ -31,7 +31,33 @@ class Correction(NamedTuple):
     """"pairs" or "gaussian"."""
 
 
-def hard_rank_corrected(group: Group) -> Correction:
+class Sample(Protocol):
+    """One share: tokens that are independent of the others'."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def trace(self) -> float: ...
+    @property
+    def frobenius_sq(self) -> float: ...
+
+
+class Merged(Protocol):
+    """What a record's metrics need besides its eigenvalues; a `Group` has it, and so has a `Gram`."""
+
+    @property
+    def finite(self) -> bool: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def contributing(self) -> Sequence[Sample]: ...
+    @property
+    def within_frobenius_sq(self) -> float: ...
+    @property
+    def total_variance(self) -> float: ...
+
+
+def hard_rank_corrected(group: Merged) -> Correction:
     """The hard rank of the covariance that the tokens were drawn from.
 
     Two or more shares are independent samples, and products across them are unbiased whatever the
@@ -44,8 +70,7 @@ def hard_rank_corrected(group: Group) -> Correction:
     trace_K = [share.trace for share in shares]
     frobenius_sq_K = [share.frobenius_sq for share in shares]
     if len(shares) >= 2:
-        _, within_frobenius_sq = trace_and_frobenius_sq(group.within, group.width)
-        value, method = hard_rank_from_pairs(nu_K, trace_K, frobenius_sq_K, within_frobenius_sq), "pairs"
+        value, method = hard_rank_from_pairs(nu_K, trace_K, frobenius_sq_K, group.within_frobenius_sq), "pairs"
     else:
         value, method = hard_rank_gaussian(nu_K[0], trace_K[0], frobenius_sq_K[0]), "gaussian"
     return Correction(value, method if value is not None else None)
@@ -125,21 +150,22 @@ def soft_rank_corrected(eigenvalues: Tensor, tokens: int) -> float | None:
 
 
 def _pair_sum(share: Tensor) -> Tensor:
-    """Σ_{i<j} p_i p_j ln(p_i/p_j)/(p_i−p_j) of descending shares, a block of rows at a time.
+    """Σ_{i<j} p_i p_j ln(p_i/p_j)/(p_i−p_j) of descending shares, a block of rows at a time, in the cache.
 
-    A term is p_j·(−ln r)/(1−r) with r = p_j/p_i; its limits are p_j for r → 1, by log1p, and 0 for r → 0.
+    With a = ln(p_j/p_i) ≤ 0 a term is p_j·a/(eᵃ−1): p_j for a → 0, and no difference of nearly equal numbers.
     """
-    width = share.shape[0]
+    share = share[share > 0]
+    log_share, width = share.log(), share.shape[0]
     rows = max(1, CHUNK_PAIRS // width)
     total = share.new_zeros(())
+    buffers = share.new_empty(2, rows * width)
     for start in range(0, width, rows):
-        larger, smaller = share[start : start + rows, None], share[None, start:]
-        ratio = smaller / larger
-        gap = (larger - smaller) / larger
-        close = -torch.log1p(-gap) / gap
-        apart = -ratio.log() / gap
-        term = smaller * torch.where(ratio > 0.5, torch.where(gap == 0, 1.0, close), apart)
-        total += torch.where(ratio > 0, term, 0.0).triu(1).sum()
+        stop = min(start + rows, width)
+        a, e = (one[: (stop - start) * (width - start)].view(stop - start, -1) for one in buffers)
+        torch.sub(log_share[None, start:], log_share[start:stop, None], out=a)
+        a.clamp_(max=-TINY)
+        torch.expm1(a, out=e)
+        total += (a.div_(e).triu_(1) @ share[start:]).sum()
     return total
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..schemas import PartialCovariance, PartialGroup, packed_length, packed_offset
-from .triangle import unpack
+from .triangle import block_views, lower_of, unpack
 
 Rows = tuple[int, int]
 """[start, stop)"""
@@ -187,9 +187,27 @@ class Group:
         between_KD = self._between()
         return matrix.addmm_(between_KD.T, between_KD)
 
+    def lower(self, device: torch.device | str = "cpu") -> Tensor:
+        """(D, D) float64 on a device: the scatter's lower triangle, all that a solver reads, and anything above."""
+        assert self.finite, "a group with a partial that is not finite has no scatter"
+        assert self.tokens, "a group without tokens has no scatter"
+        matrix = lower_of(self.within.to(device), self.width)
+        if len(self.contributing) > 1:
+            between_KD = self._between().to(device)
+            matrix.addmm_(between_KD.T, between_KD)
+        return matrix
+
     def covariance(self) -> Tensor:
         """(D, D) float64: scatter/(N − 1); zeros for one token."""
         return self.scatter().div_(max(self.tokens - 1, 1))
+
+    @property
+    def within_frobenius_sq(self) -> float:
+        """‖within‖²_F."""
+        twice = 2 * float(self.within.dot(self.within))  # what is packed outside the diagonal's squares counts twice
+        for block, view in block_views(self.within, self.width, (0, self.width)) if twice else ():
+            twice -= float(view[:, : block.stop - block.start].square().sum())
+        return twice
 
     @property
     def total_variance(self) -> float:

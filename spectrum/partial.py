@@ -56,9 +56,14 @@ def samples_of(x_ND: Tensor, origin: Origin) -> PartialSamples:
     return PartialSamples(**origin.fields(), samples=bits_ND.numpy())
 
 
+def rows_of(samples: PartialSamples) -> Tensor:
+    """The activation rows (N, D) in their own dtype, a copy."""
+    x_ND = torch.from_numpy(samples.samples.copy())  # since torch warns of memory that is read-only
+    return x_ND.view(torch.bfloat16) if samples.samples.dtype == np.uint16 else x_ND
+
+
 def covariance_of(samples: PartialSamples) -> PartialCovariance:
     """The partial in its other form: the scatter of its rows."""
-    x_ND = torch.from_numpy(samples.samples.copy())  # a copy, since torch warns of memory that is read-only
     moments = Moments(samples.width)
-    moments.add(x_ND.view(torch.bfloat16) if samples.samples.dtype == np.uint16 else x_ND)
+    moments.add(rows_of(samples))
     return partial_of(moments, samples)

