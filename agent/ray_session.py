@@ -35,7 +35,7 @@ class RaySession:
         self._address = address
         self._run = run
         self._ranks = {(one.layer, one.site, one.expert): frozenset(one.ranks) for one in run.layers}
-        self._attempt = 0
+        self._attempt = self._epoch = 0
         self._owners: dict[int, str] = {}
         self._actors: dict[str, Any] = {}
 
@@ -75,13 +75,14 @@ class RaySession:
 
         def opening() -> None:
             opening = self._actors[COORDINATOR].open_run.remote(self._run.to_wire())
-            self._attempt, self._owners = Opened(*ray.get(opening, timeout=CALL_SECONDS))
-            for name in set(self._owners.values()):
-                self._actors[name] = ray.get_actor(name, namespace=NAMESPACE)
-                ray.get(
-                    self._actors[name].open_run.remote(self._run.to_wire(), self._attempt),
-                    timeout=CALL_SECONDS,
-                )
+            self._attempt, self._owners, shards, self._epoch = Opened(*ray.get(opening, timeout=CALL_SECONDS))
+            self._actors |= {name: ray.get_actor(name, namespace=NAMESPACE) for name in shards}
+            owned = {name: [layer for layer, owner in self._owners.items() if owner == name] for name in shards}
+            told = [
+                self._actors[name].open_run.remote(self._run.to_wire(), self._attempt, layers, self._epoch)
+                for name, layers in owned.items()
+            ]
+            ray.get(told, timeout=CALL_SECONDS)
 
         self._calling(opening)
 
@@ -137,9 +138,9 @@ class RaySession:
 
     def heartbeat(self, dropped: dict[int, dict[str, int]]) -> None:
         """Says which ranks live, and what each has lost so far by reason."""
-        known = self._tell([("heartbeat", rank, losses) for rank, losses in dropped.items()])
+        known = self._tell([("heartbeat", rank, losses, self._epoch) for rank, losses in dropped.items()])
         if not all(known):
-            raise SessionError("the coordinator restarted and does not know this run")
+            raise SessionError("the coordinator does not know this run, or its layers have other owners now")
 
     def finish(self, ranks: list[tuple[int, bool, dict[str, int]]]) -> None:
         """Says that ranks send nothing more: whether each closed (True) or died, and what it lost by reason."""

@@ -30,8 +30,11 @@ class CoordinatorActor:
     def open_run(self, run_wire: dict[str, Any]) -> Opened:
         return self._coordinator.open_run(run_wire)
 
-    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int]) -> bool:
-        return self._coordinator.heartbeat(run_id, attempt, rank, dropped)
+    def set_shards(self, names: list[str]) -> None:
+        self._coordinator.set_shards(names)
+
+    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], epoch: int) -> bool:
+        return self._coordinator.heartbeat(run_id, attempt, rank, dropped, epoch)
 
     def finish(self, run_id: str, attempt: int, rank: int, clean: bool, dropped: dict[str, int]) -> None:
         self._coordinator.finish(run_id, attempt, rank, clean, dropped)
@@ -55,8 +58,8 @@ class ShardActor:
         self._shard = Shard(store, solver, limits)
         self._assembling = threading.Lock()
 
-    def open_run(self, run_wire: dict[str, Any], attempt: int) -> None:
-        self._shard.open_run(run_wire, attempt)
+    def open_run(self, run_wire: dict[str, Any], attempt: int, owned: list[int], epoch: int) -> None:
+        self._shard.open_run(run_wire, attempt, owned, epoch)
 
     def push(
         self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[Any] | list[ObjectRef[Any]]

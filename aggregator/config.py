@@ -59,9 +59,13 @@ class ServiceConfig:
     metrics_port: int = 9845
     """0 takes a free one."""
     shards: int = 1
+    away_seconds: float = 30.0
+    """The others take over the layers of a shard that has not answered for so long."""
     solver: SolverConfig = field(default_factory=SolverConfig)
     limits: ShardLimits = field(default_factory=ShardLimits)
 
     def __post_init__(self) -> None:
         if self.shards < 1:
             raise ValueError(f"shards must be at least 1, got {self.shards}")
+        if self.away_seconds <= 0:
+            raise ValueError(f"away_seconds must be positive, got {self.away_seconds}")

@@ -78,6 +78,7 @@ class Coordinator:
     def __init__(self, store: str, shard_names: list[str]) -> None:
         self._writer = StoreWriter(store)
         self._shard_names = shard_names
+        self._epoch = _next_epoch(0)
         self._launches: dict[Launch, _Launch] = {}
         self._ended: deque[Launch] = deque(maxlen=REMEMBERED_ENDED)
         self._counters: dict[str, dict[str, RunCounters]] = {}
@@ -99,17 +100,29 @@ class Coordinator:
             ) or self._open(run)
             launch.run = run  # one from the store lacks what no row tells
             launch.speaks()
-            return Opened(launch.attempt, owners(run, self._shard_names))
+            return Opened(launch.attempt, owners(run, self._shard_names), list(self._shard_names), self._epoch)
 
-    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int]) -> bool:
-        """A rank lives; `dropped` is what it has lost so far by reason. False if the launch must be opened again."""
+    def set_shards(self, names: list[str]) -> None:
+        """These share the layers from now on; couriers learn it with their next heartbeat."""
+        with self._lock:
+            if names != self._shard_names:
+                self._shard_names, self._epoch = names, _next_epoch(self._epoch)
+
+    def heartbeat(
+        self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], epoch: int | None = None
+    ) -> bool:
+        """A rank lives; `dropped` is what it has lost so far by reason.
+
+        Returns:
+            False if the launch must be opened again: it is not known, or layers have had other owners since `epoch`.
+        """
         with self._lock:
             launch = self._launches.get((run_id, attempt))
             if launch is None:
                 return False
             launch.speaks()
             launch.dropped[rank] = dropped
-            return True
+            return epoch is None or epoch == self._epoch
 
     def finish(self, run_id: str, attempt: int, rank: int, clean: bool, dropped: dict[str, int]) -> None:
         """A rank sends nothing more: it closed (`clean`) or died. The last one ends the launch."""
@@ -314,3 +327,8 @@ class Coordinator:
             self._writer.append("runs", run.run_id, [row])
         except (OSError, UnwritableRows) as error:
             log.error("run %s: its row could not be written: %s", run.run_id, error)
+
+
+def _next_epoch(epoch: int) -> int:
+    """Later than this one, and than any of a coordinator that died."""
+    return max(epoch + 1, time.time_ns() // 1_000_000)

@@ -56,6 +56,8 @@ class SnapshotCollector(Collector):
         yield _series_gauge(names.LAST_RECORD_TIMESTAMP, latest, lambda one: one.written_at)
         yield _series_gauge(names.LAST_RECORD_STEP, latest, lambda one: float(one.step))
         yield _gauge(names.BACKLOG_SECONDS, [([], max((one.backlog_seconds for one in snapshot.shards), default=0.0))])
+        here = len(snapshot.shards) - snapshot.away
+        yield _gauge(names.SHARDS, [(["here"], float(max(here, 0))), (["away"], float(snapshot.away))])
         yield from self._alerts(snapshot, running)
         yield from self._counters(snapshot)
         empty = Histogram.empty

@@ -34,7 +34,7 @@ class InlineAggregator:
 
     def open(self, run: RunDescription) -> int:
         """Announces the run; returns its attempt."""
-        attempt, _ = self._coordinator.open_run(run.to_wire())
+        attempt = self._coordinator.open_run(run.to_wire()).attempt
         self._shard.open_run(run.to_wire(), attempt)
         return attempt
 

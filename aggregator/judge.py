@@ -8,7 +8,7 @@ again.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..schemas import COLLAPSE, RecordKey, SeriesKey
@@ -90,10 +90,14 @@ class Judge:
 
     def forget(self, ended: set[tuple[str, int]]) -> None:
         """Drops the series of launches, (run, attempt), that have ended."""
-        for series in [one for one in self._detectors if (one.run_id, one.attempt) in ended]:
+        self.forget_series(lambda one: (one.run_id, one.attempt) in ended)
+
+    def forget_series(self, gone: Callable[[SeriesKey], bool]) -> None:
+        """Drops those of which this says so."""
+        for series in [one for one in self._detectors if gone(one)]:
             del self._detectors[series]
             self._last_step.pop(series, None)
-        for name in [one for one in self.alerts if (one[0].run_id, one[0].attempt) in ended]:
+        for name in [one for one in self.alerts if gone(one[0])]:
             del self.alerts[name]
             self._open.pop(name, None)
 

@@ -207,6 +207,13 @@ class OpenRecords:
         for key in [one for one in self._late if (one.run_id, one.attempt) in ended]:
             del self._late[key]
 
+    def hand_over(self, launch: Launch, layers: Set[int]) -> None:
+        """Drops what another shard will be given again: what waits for ranks, before it is closed or afterwards."""
+        for entries in (self._open, self._late):
+            for key, entry in list(entries.items()):
+                if (key.run_id, key.attempt) == launch and key.layer in layers and (entry.waiting or key in self._late):
+                    del entries[key]
+
     def _has_room(self, run_id: str, needed: int) -> bool:
         """Whether one more group may be begun. Where several runs have open records each has an equal part, so that
         none waits for the memory that another floods. What is kept for late ranks gives way."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
-import time
 from typing import Any
 
 import ray
@@ -20,7 +20,8 @@ from ..schemas.delivery import COORDINATOR, NAMESPACE, check_reachable
 from .actors import CoordinatorActor, ShardActor
 from .config import ServiceConfig
 from .exporter import Endpoint
-from .snapshot import Launch, RunState, ShardSnapshot, Snapshot
+from .fleet import Fleet
+from .snapshot import Launch, RunState, Snapshot
 from .writer import StoreWriter
 
 log = logging.getLogger("eigenwatch.aggregator")
@@ -44,6 +45,7 @@ class Service:
         try:
             self.address = _connect(config)
             self._coordinator, self._shards = _start_actors(config)
+            self._fleet = _fleet(config, self._coordinator, self._shards)
         except BaseException:
             self._endpoint.close()
             ray.shutdown()
@@ -72,12 +74,12 @@ class Service:
         self._poller.join()
         flushed = False
         with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-            closing = [shard.close.remote(FLUSH_SECONDS) for shard in self._shards]
+            closing = [shard.close.remote(FLUSH_SECONDS) for shard in self._shards.values()]
             flushed = not any(ray.get(closing, timeout=FLUSH_SECONDS + CALL_SECONDS))
             counted = self._take_snapshot().counted
             ray.get(self._coordinator.close.remote(counted), timeout=CALL_SECONDS)
         self._endpoint.close()
-        for actor in (self._coordinator, *self._shards):
+        for actor in (self._coordinator, *self._shards.values()):
             ray.kill(actor)
         ray.shutdown()
         return flushed
@@ -92,12 +94,10 @@ class Service:
 
     def _take_snapshot(self) -> Snapshot:
         ended: list[Launch] = ray.get(self._coordinator.ended.remote(), timeout=CALL_SECONDS)
-        shards: list[ShardSnapshot] = ray.get(
-            [shard.snapshot.remote(ended) for shard in self._shards], timeout=CALL_SECONDS
-        )
+        shards = self._fleet.snapshots(ended)
         counted = {shard.incarnation: shard.counters for shard in shards}
         runs: list[RunState] = ray.get(self._coordinator.running.remote(counted), timeout=CALL_SECONDS)
-        return Snapshot(time.time(), runs, shards)
+        return Snapshot(self._fleet.heard_at, runs, shards, len(self._fleet.away))
 
 
 def _connect(config: ServiceConfig) -> str:
@@ -127,28 +127,40 @@ def _connect(config: ServiceConfig) -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-def _start_actors(config: ServiceConfig) -> tuple[Any, list[Any]]:
+def _start_actors(config: ServiceConfig) -> tuple[Any, dict[str, Any]]:
     if COORDINATOR in ray.util.list_named_actors():
         raise ValueError("an aggregator runs on this Ray cluster already: use it, or stop it first")
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = 1 if config.solver.device != "cpu" and resources.get("GPU", 0) >= config.shards else 0
+    gpus = _gpus_of_a_shard(config)
     names = [f"shard-{index}" for index in range(config.shards)]
     coordinator = _actor(CoordinatorActor, name=COORDINATOR, num_cpus=0).remote(config.store, names)
-    shards = [
-        _actor(ShardActor, name=name, num_cpus=1, num_gpus=gpus).remote(config.store, config.solver, config.limits)
-        for name in names
-    ]
-    try:
-        ray.get(
-            [coordinator.running.remote(), *(one.snapshot.remote([]) for one in shards)],
-            timeout=SCHEDULE_SECONDS,
+    shards = {
+        name: _actor(ShardActor, name=name, num_cpus=1, num_gpus=gpus).remote(
+            config.store, config.solver, config.limits
         )
+        for name in names
+    }
+    return coordinator, shards
+
+
+def _fleet(config: ServiceConfig, coordinator: Any, shards: dict[str, Any]) -> Fleet:
+    fleet = Fleet(coordinator, shards, config.away_seconds)
+    try:
+        ray.get(coordinator.running.remote(), timeout=SCHEDULE_SECONDS)
+        fleet.start(SCHEDULE_SECONDS)
     except ray.exceptions.GetTimeoutError:
         raise ValueError(
-            f"{config.shards} shards (1 CPU, {gpus} GPU each) were not scheduled in {SCHEDULE_SECONDS:.0f} s: free "
-            "resources on the cluster, or ask for fewer with --shards"
+            f"none of {config.shards} shards (1 CPU, {_gpus_of_a_shard(config):g} GPU each) was scheduled in "
+            f"{SCHEDULE_SECONDS:.0f} s: free resources on the cluster, or ask for fewer with --shards"
         ) from None
-    return coordinator, shards
+    return fleet
+
+
+def _gpus_of_a_shard(config: ServiceConfig) -> float:
+    """Its part of the cluster's GPUs, one at most; none where the solver shall not use them, or there are none."""
+    if config.solver.device == "cpu":
+        return 0.0
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return min(1.0, math.floor(100 * resources.get("GPU", 0.0) / config.shards) / 100)
 
 
 def _actor(kind: Any, **options: Any) -> Any:

@@ -16,7 +16,7 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Set
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -72,6 +72,13 @@ lies further ahead would look like fresh telemetry for as long, whatever the run
 delivered days later, and nothing is judged by it."""
 
 
+class Owned(NamedTuple):
+    """A shard's part of a launch."""
+
+    epoch: int
+    layers: frozenset[int]
+
+
 class Shard:
     """The state of one shard; `close` writes everything it holds."""
 
@@ -80,6 +87,8 @@ class Shard:
         self._writer = StoreWriter(store)
         self._solver: Solver = SolverProcess(solver) if solver.own_process else LocalSolver(solver)
         self._runs: dict[Launch, dict[tuple[int, str, int | None], LayerDescription]] = {}
+        self._owned: dict[Launch, Owned] = {}
+        """Which of a launch's layers are this shard's."""
         self._latest_only: set[Launch] = set()
         """Launches whose older steps need not be solved once a newer one waits."""
         self._open = OpenRecords(limits.deadline_seconds, limits.memory_bytes)
@@ -112,27 +121,58 @@ class Shard:
         self._worker = threading.Thread(target=self._work, name="eigenwatch-shard", daemon=True)
         self._worker.start()
 
-    def open_run(self, run_wire: dict[str, Any], attempt: int) -> None:
-        """Learns a launch's layers and ranks, and what of it the store has already. Idempotent."""
+    def open_run(self, run_wire: dict[str, Any], attempt: int, owned: list[int] | None = None, epoch: int = 0) -> None:
+        """Learns a launch's layers and ranks, and what of it the store has already. Idempotent.
+
+        Args:
+            run_wire: the run.
+            attempt: which launch of it.
+            owned: the layers that this shard owns from `epoch` on; all where not given. What it had of others goes:
+                their couriers hold it, and push it to the new owner.
+            epoch: an ownership that is older than what is known changes nothing.
+        """
         run = RunDescription.from_wire(run_wire)
         launch = (run.run_id, attempt)
+        layers = frozenset({layer.layer for layer in run.layers} if owned is None else owned)
         with self._opening:  # every rank asks, after a restart all at once, and one reads the store for all
             with self._changed:
-                if launch in self._runs:
+                known = self._owned.get(launch)
+                if known is not None and epoch <= known.epoch:
                     return
-            stored = stored_records(self._writer.store, run.run_id, attempt)
-            memory, alerts = self._recalled(run.run_id, attempt)
+                if known is not None:
+                    self._hand_over(launch, known.layers - layers)
+            before = frozenset() if known is None else known.layers
+            if layers - before:
+                self._take_up(run.run_id, attempt, layers - before)
             with self._changed:
-                for key, missing in stored.items():
-                    self._durable.setdefault(key, missing)
-                self._judge.recall({series: one.judged for series, one in memory.items()}, alerts)
-                for series, one in memory.items():
-                    written_at = one.latest["written_at"].timestamp()
-                    self._latest[series] = LatestRecord(series, one.latest["step"], written_at, _gauges(one.latest))
+                self._owned[launch] = Owned(epoch, layers)
                 self._runs[launch] = {(layer.layer, layer.site, layer.expert): layer for layer in run.layers}
                 if run.latest_only:
                     self._latest_only.add(launch)
                 self._strangers.pop(launch, None)
+
+    def _take_up(self, run_id: str, attempt: int, layers: frozenset[int]) -> None:
+        """Learns what the store has of these layers."""
+        stored = stored_records(self._writer.store, run_id, attempt)
+        memory, alerts = self._recalled(run_id, attempt)
+        with self._changed:
+            for key, missing in stored.items():
+                if key.layer in layers:
+                    self._durable.setdefault(key, missing)
+            judged = {series: one.judged for series, one in memory.items() if series.layer in layers}
+            self._judge.recall(judged, {name: row for name, row in alerts.items() if name[0].layer in layers})
+            for series in judged:
+                latest = memory[series].latest
+                written_at = latest["written_at"].timestamp()
+                self._latest[series] = LatestRecord(series, latest["step"], written_at, _gauges(latest))
+
+    def _hand_over(self, launch: Launch, layers: frozenset[int]) -> None:
+        """Forgets layers that another shard owns now, but for what is being solved or written."""
+        gone = {one for one in self._latest if (one.run_id, one.attempt) == launch and one.layer in layers}
+        for series in gone:
+            del self._latest[series]
+        self._judge.forget_series(lambda one: (one.run_id, one.attempt) == launch and one.layer in layers)
+        self._open.hand_over(launch, layers)
 
     def _recalled(
         self, run_id: str, attempt: int
@@ -179,13 +219,18 @@ class Shard:
             runs = {run for run, _ in self._runs} | set(self._received) | {run for run, _ in self._dropped}
             return ShardSnapshot(
                 self.incarnation,
-                list(self._latest.values()),
-                list(self._judge.alerts.values()),
+                [one for series, one in self._latest.items() if self._owns(series)],
+                [one for (series, _), one in self._judge.alerts.items() if self._owns(series)],
                 {run: self._counters(run) for run in sorted(runs)},
                 self._solve_seconds,
                 self._latency_seconds,
                 max((self._open.behind_seconds(run, time.monotonic()) for run in runs), default=0.0),
             )
+
+    def _owns(self, series: SeriesKey) -> bool:
+        """Not what was handed over while it was solved: another shard shows it."""
+        owned = self._owned.get((series.run_id, series.attempt))
+        return owned is not None and series.layer in owned.layers
 
     def flush(self, timeout_seconds: float) -> int:
         """Closes every open record, complete or not, and writes all; returns how many were not written in time."""
@@ -241,6 +286,8 @@ class Shard:
             return self._stranger((key.run_id, key.attempt))
         _check_clock(arrived)
         _announced(layers, arrived)
+        if key.layer not in self._owned[(key.run_id, key.attempt)].layers:
+            return PushReply("unknown_run", None, f"layer {key.layer} of run {key.run_id} has another owner now")
         if key in self._durable and not self._durable[key]:
             self._duplicated[key.run_id] += len(arrived.ranks)
             return PushReply("durable")
@@ -473,6 +520,7 @@ class Shard:
             return
         for launch in gone:
             del self._runs[launch]
+            del self._owned[launch]
         for series in [one for one in self._latest if (one.run_id, one.attempt) in gone]:
             del self._latest[series]
         for remembered in (self._durable, self._given_up):

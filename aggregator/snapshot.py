@@ -110,6 +110,8 @@ class Snapshot(NamedTuple):
     """Unix time in seconds."""
     runs: list[RunState]
     shards: list[ShardSnapshot]
+    away: int = 0
+    """Shards that do not answer, and own nothing meanwhile."""
 
     @property
     def counted(self) -> dict[str, dict[str, RunCounters]]:

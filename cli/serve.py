@@ -50,6 +50,12 @@ CHILD_NICENESS = 5
     type=click.Choice(["exact", "slq"]),
     help="slq: estimate wide layers by stochastic Lanczos quadrature; their records say with which error.",
 )
+@click.option(
+    "--away",
+    default=30.0,
+    show_default=True,
+    help="Seconds without an answer after which the others take over a shard's layers.",
+)
 @click.option("--deadline", default=60.0, show_default=True, help="Seconds that a record waits for its last rank.")
 @click.option("--json", "as_json", is_flag=True, help="Say where it serves as one line of JSON.")
 @click.option("--follow-stdin", is_flag=True, hidden=True, help="End when standard input does: an embedded aggregator.")
@@ -62,6 +68,7 @@ def serve(
     device: str,
     precision: str,
     solver: str,
+    away: float,
     deadline: float,
     as_json: bool,
     follow_stdin: bool,
@@ -85,6 +92,7 @@ def serve(
             metrics_host=metrics_host,
             metrics_port=metrics_port,
             shards=shards,
+            away_seconds=away,
             solver=SolverConfig(device=device, precision=precision, method=solver, own_process=True),
             limits=ShardLimits(deadline_seconds=deadline),
         )

@@ -57,3 +57,7 @@ class Opened(NamedTuple):
 
     attempt: int
     owners: dict[int, str]
+    shards: list[str]
+    """All that own layers of some run; each hears what it owns of this one."""
+    epoch: int
+    """Of this ownership: a later one has a greater number."""

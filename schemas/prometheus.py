@@ -77,6 +77,9 @@ BACKLOG_SECONDS = Family(
     "How long the oldest merged record has waited for a solver; runs are asked to sample less when it grows.",
     (),
 )
+SHARDS = Family(
+    "eigenwatch_shards", "gauge", "Shards that own layers (here), and that do not answer (away).", ("state",)
+)
 SNAPSHOT_TIMESTAMP = Family(
     "eigenwatch_snapshot_timestamp_seconds",
     "gauge",
@@ -100,5 +103,6 @@ FAMILIES = (
     SOLVE_SECONDS,
     LATENCY_SECONDS,
     BACKLOG_SECONDS,
+    SHARDS,
     SNAPSHOT_TIMESTAMP,
 )

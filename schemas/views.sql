@@ -7,14 +7,15 @@
 CREATE OR REPLACE VIEW records_raw AS
 SELECT * FROM $records;
 
--- One row for each step, layer, site and expert: the newest revision, on the timeline that the run kept.
+-- One row for each step, layer, site and expert: the newest revision of those that the most ranks made, on the timeline
+-- that the run kept. A shard that was away may write late what it had heard before another took its layers over.
 -- A restart goes back to a checkpoint and abandons what came after it, so an attempt is hidden from the first step
 -- of any later attempt on, even at steps which the later one has not reached yet.
 CREATE OR REPLACE VIEW records AS
 SELECT * FROM (
     SELECT * FROM records_raw
     QUALIFY row_number() OVER (
-        PARTITION BY run_id, attempt, step, layer, site, expert ORDER BY written_at DESC
+        PARTITION BY run_id, attempt, step, layer, site, expert ORDER BY ranks_seen DESC, written_at DESC
     ) = 1
 )
 QUALIFY coalesce(step < min(step) OVER (

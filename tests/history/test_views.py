@@ -37,6 +37,12 @@ def test_a_late_revision_replaces_the_record_and_raw_shows_both(tmp_path: Path) 
     assert len(rows(tmp_path, "FROM records_raw")) == 3
 
 
+def test_a_revision_of_fewer_ranks_that_was_written_later_replaces_nothing(tmp_path: Path) -> None:
+    write(tmp_path, "r", "records", record(10, ranks_seen=2, written=1))
+    write(tmp_path, "r", "records", record(10, complete=False, ranks_seen=1, written=5))
+    assert seen(tmp_path, "SELECT ranks_seen, complete FROM records") == [(2, True)]
+
+
 def test_a_restart_hides_what_it_abandoned_even_where_it_has_not_come_yet(tmp_path: Path) -> None:
     write(tmp_path, "r", "records", *[record(step, written=step) for step in (0, 10, 20, 30)])
     write(tmp_path, "r", "records", record(10, attempt=1, written=100))
