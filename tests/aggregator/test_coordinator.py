@@ -349,3 +349,22 @@ def test_two_aggregators_on_one_store_see_that_their_jobs_use_one_run_id(coordin
     record_of(tmp_path, datetime.now(UTC) + timedelta(seconds=90))
     assert [one.in_use for one in other.running()] == [True]
     assert story(tmp_path) == [(0, "a", "running"), (1, "b", "running"), (1, "b", "running")]
+
+
+def test_a_courier_hears_with_its_heartbeat_that_layers_have_other_owners(coordinator):
+    opened = coordinator.open_run(launch("a"))
+    assert coordinator.heartbeat("run", 0, 0, {}, opened.epoch)
+    coordinator.set_shards(list(SHARDS))
+    assert coordinator.heartbeat("run", 0, 0, {}, opened.epoch), "nothing has changed"
+    coordinator.set_shards(list(SHARDS[:1]))
+    assert not coordinator.heartbeat("run", 0, 0, {}, opened.epoch)
+    again = coordinator.open_run(launch("a"))
+    assert again.attempt == opened.attempt
+    assert again.epoch > opened.epoch
+    assert (set(again.owners.values()), again.shards) == ({SHARDS[0]}, [SHARDS[0]])
+    assert coordinator.heartbeat("run", 0, 0, {}, again.epoch)
+
+
+def test_the_ownership_of_a_coordinator_that_starts_again_is_newer(coordinator, tmp_path):
+    before = coordinator.open_run(launch("a")).epoch
+    assert Coordinator(str(tmp_path), list(SHARDS)).open_run(launch("a")).epoch > before
