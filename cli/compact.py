@@ -24,7 +24,7 @@ Examples:
 """
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]
     """Seconds, written as 90s, 15m, 12h, 30d or 4w."""
 
     name = "duration"

@@ -238,7 +238,7 @@ def _replace(
     schema = TABLES[place.table]
     paths = [f"{place.folder}/{part.name}" for part in group]
     table = pa.concat_tables(one.select(schema.names).cast(schema) for one in parallel(store.read, paths))
-    rows = table.num_rows
+    rows: int = table.num_rows
     if cutoff is not None:
         table = table.filter(pc.greater_equal(table["written_at"], pa.scalar(cutoff, schema.field("written_at").type)))
     table = table.sort_by([(column, "ascending") for column in ORDER[place.table]])
