@@ -240,7 +240,7 @@ def _replace(
     if not names.issubset(store.live(place.run_id).get(place, [])):
         raise ValueError(f"another compaction of {store.uri} is under way: let one at a time run")
     store.put(f"{place.folder}/{merged_name(names, clock())}", data)
-    return rows - table.num_rows
+    return rows - int(table.num_rows)
 
 
 def _with_what_they_replace(names: set[str], dead: dict[str, str]) -> set[str]:
