@@ -24,7 +24,7 @@ Examples:
 """
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]
     """Seconds, written as 90s, 15m, 12h, 30d or 4w."""
 
     name = "duration"
@@ -53,8 +53,10 @@ def compact(store: str | None, keep_eigenvalues: float | None, grace: float, dry
     """Merge the small files of each run into few large ones."""
     from ..history.compaction import CompactionConfig, compact
 
+    if keep_eigenvalues == 0:
+        raise click.UsageError("--keep-eigenvalues must be more than nothing: leave it out to keep all")
+    config = CompactionConfig(grace_seconds=grace, keep_eigenvalues_seconds=keep_eigenvalues, dry_run=dry_run)
     try:
-        config = CompactionConfig(grace_seconds=grace, keep_eigenvalues_seconds=keep_eigenvalues, dry_run=dry_run)
         found = open_store(store or default_store())
         if not found.exists():
             raise ValueError(f"no store at {found.uri}: pass --store, or set {STORE_VARIABLE}")

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import click
 
-from ..schemas import default_store
+from ..schemas import absolute_store, default_store
 from ..schemas.ray_token import token_environment
 
 
@@ -30,20 +30,20 @@ class Finding(NamedTuple):
 
 
 @click.command(epilog="Example: eigenwatch doctor --store runs/")
-@click.option("--store", type=click.Path(), help="Folder of the history.  [$EIGENWATCH_STORE, ./eigenwatch-store]")
+@click.option("--store", help="Folder or s3://BUCKET/PREFIX.  [$EIGENWATCH_STORE, ./eigenwatch-store]")
 @click.option("--json", "as_json", is_flag=True, help="For a machine.")
 def doctor(store: str | None, as_json: bool) -> None:
     """Try what eigenwatch needs here: Python, torch, GPU, solver, Ray, store, DuckDB, Prometheus.
 
     Starts a local Ray and ends it again. Exit code 1 if something that is needed does not work.
     """
-    folder = Path(store or default_store()).absolute()
+    where = absolute_store(store or default_store())
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("Python", _python),
         ("torch", _torch),
         ("solver", _solver),
         ("GPU", _gpu),
-        ("store", lambda: _store(folder)),
+        ("store", lambda: _object_store(where) if "://" in where else _store(Path(where))),
         ("DuckDB", _duckdb),
         ("endpoint", _endpoint),
         ("Ray", _ray),
@@ -119,6 +119,20 @@ def _store(folder: Path) -> Finding:
         return Finding("store", "broken", f"{folder} cannot be written: pass another with --store")
     free = shutil.disk_usage(existing).free / 2**30
     return Finding("store", "works", f"{folder}{'' if folder.exists() else ' (will be created)'}, {free:.0f} GiB free")
+
+
+def _object_store(uri: str) -> Finding:
+    from ..schemas.object_store import one_line
+    from ..schemas.store import open_store
+
+    try:
+        store = open_store(uri)
+        store.check_writable()
+    except ValueError as error:
+        return Finding("store", "broken", str(error))
+    except OSError as error:
+        return Finding("store", "broken", f"{uri} cannot be written: {one_line(error)}")
+    return Finding("store", "works", f"{store.uri}, a file was written and removed")
 
 
 def _duckdb() -> Finding:

@@ -46,11 +46,11 @@ Examples:
 
 @click.command("query", epilog=EPILOG)
 @click.argument("sql", required=False)
-@click.option("--store", metavar="FOLDER", help="Default: $EIGENWATCH_STORE or ./eigenwatch-store.")
+@click.option("--store", metavar="STORE", help="Folder or s3://BUCKET/PREFIX.  [$EIGENWATCH_STORE, ./eigenwatch-store]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array of objects.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--parquet", type=click.Path(dir_okay=False), help="Write a Parquet file instead of printing.")
-@click.option("--emit-sql", is_flag=True, help="Print the views' definitions, for any DuckDB shell.")
+@click.option("--emit-sql", is_flag=True, help="Print the views over the files as they are now, for a DuckDB shell.")
 def query(sql: str | None, store: str | None, as_json: bool, as_csv: bool, parquet: str | None, emit_sql: bool) -> None:
     """Run one SQL statement over the store; it can only read. SQL of - is read from standard input."""
     if emit_sql + as_json + as_csv + (parquet is not None) > 1:

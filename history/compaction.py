@@ -10,15 +10,15 @@ Why no reader ever misses a row or sees one twice:
    it passes over what that replaces; if not, the old parts are still there:
 3. What is replaced is removed only `grace_seconds` after the part that replaced it was published. A reader that still
    wants it has listed before that, so a query that takes less than the grace never meets a file that has gone.
-4. Of what is replaced, parts go before the merged parts that name them. So whoever lists in the middle of the removal,
-   or after a kill there, still finds the name of every old part that is left. A merged part that is merged again passes
-   on the names of all that are left, so that even a listing that sees the newer part alone knows them.
+4. A merged part that is merged again passes on the names of all that is left of what it replaced. So every replaced
+   part is named by a part that counts for as long as it is there: whatever a removal has left that was cut off, and
+   whatever a listing has caught that is not of one moment, is passed over.
 5. Writers only add parts with names of their own. What they add meanwhile is not in the listing from which compaction
    works, so it is neither merged nor replaced, and counts.
 6. Compactions exclude each other by a lock of the kernel on the store's folder, which dies with its holder. An object
    store has no such lock. Two at once that took over the same part are told apart by all readers alike: the first
    published counts, the other is void as a whole, and until the grace has passed and it is removed nothing more is
-   merged or removed there. Only a compaction that stalls in its upload for longer than the grace could still do harm,
+   merged there. Only a compaction that stalls in its upload for longer than the grace could still do harm,
    so let one at a time run there.
 
 Rows are laid out by layer, site, expert and step, in row groups of a few MB, so that the smallest and greatest values
@@ -149,23 +149,16 @@ def _compact(
 
 
 def _remove(store: Store, place: Place, found: Standing, config: CompactionConfig, now: datetime) -> Compacted:
-    """Removes the dead whose grace has passed: void parts, then plain ones, then merged ones as they were published."""
+    """Removes the dead whose grace has passed."""
 
     def dead_since(name: str) -> datetime:
         reason = published(found.dead[name])
         return max(reason, published(name)) if is_merged(name) else reason
 
-    due = sorted(name for name in found.dead if (now - dead_since(name)).total_seconds() >= config.grace_seconds)
-    void = [name for name in due if name in found.void]
-    if len(void) < len(found.void):
-        due = []
-    plain = [name for name in due if not is_merged(name)]
-    merged = sorted((name for name in due if is_merged(name) and name not in void), key=published)
+    due = [name for name in found.dead if (now - dead_since(name)).total_seconds() >= config.grace_seconds]
     if not config.dry_run:
-        for names in (void, plain, *([name] for name in merged)):
-            store.remove([f"{place.folder}/{name}" for name in names])
-    removed = len({*void, *due})
-    return Compacted(removed=removed, waiting=len(found.dead) - removed)
+        store.remove([f"{place.folder}/{name}" for name in due])
+    return Compacted(removed=len(due), waiting=len(found.dead) - len(due))
 
 
 def _merge(
@@ -238,7 +231,7 @@ def _replace(
     schema = TABLES[place.table]
     paths = [f"{place.folder}/{part.name}" for part in group]
     table = pa.concat_tables(one.select(schema.names).cast(schema) for one in parallel(store.read, paths))
-    rows = table.num_rows
+    rows: int = table.num_rows
     if cutoff is not None:
         table = table.filter(pc.greater_equal(table["written_at"], pa.scalar(cutoff, schema.field("written_at").type)))
     table = table.sort_by([(column, "ascending") for column in ORDER[place.table]])
@@ -247,7 +240,7 @@ def _replace(
     if not names.issubset(store.live(place.run_id).get(place, [])):
         raise ValueError(f"another compaction of {store.uri} is under way: let one at a time run")
     store.put(f"{place.folder}/{merged_name(names, clock())}", data)
-    return rows - table.num_rows
+    return rows - int(table.num_rows)
 
 
 def _with_what_they_replace(names: set[str], dead: dict[str, str]) -> set[str]:

@@ -29,13 +29,13 @@ class Served(NamedTuple):
     process: "subprocess.Popen[bytes]"
 
 
-def start_serve(store: Path, *options: str) -> Served:
+def start_serve(store: Path | str, *options: str) -> Served:
     marker, environment = marked_environment()
     command = [sys.executable, "-m", "eigenwatch.cli", "serve", "--json", "--store", str(store), "--metrics-port", "0"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, env=environment)
     assert process.stdout is not None
     ready = json.loads(process.stdout.readline())
-    return Served(ready["address"], ready["metrics_url"], store, marker, process)
+    return Served(ready["address"], ready["metrics_url"], Path(store), marker, process)
 
 
 def stop_serve(served: Served) -> int:

@@ -1,5 +1,6 @@
 """The store's writer: what it returned from is there whatever happens, and no reader ever sees a part of a file."""
 
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -9,11 +10,14 @@ import numpy as np
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from eigenwatch.aggregator.writer import StoreWriter
+from eigenwatch.aggregator.writer import StoreWriter, UnwritableRows
+from eigenwatch.history import open_history
 from eigenwatch.schemas import EIGENVALUES, SCHEMA_VERSION, TABLES, table_folder
 
+from tests.history import stored
+
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
-KILLS = 20
+KILLS = 200
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -79,43 +83,106 @@ def test_a_failed_write_leaves_no_file_and_the_next_one_succeeds(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+BAD_ROWS = {
+    "missing": {},
+    "no number": spectrum(1) | {"layer": "first"},
+    "too great a number": spectrum(1) | {"step": 1 << 70},
+    "too great for its column": spectrum(1) | {"layer": 1 << 40},
+    "nothing where something must be": spectrum(1) | {"site": None},
+    "no list": spectrum(1) | {"eigenvalues": 3.0},
+    "no mapping": None,
+}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_rows_that_can_never_be_written_are_told_from_a_store_that_refuses(tmp_path, row):
+    writer = StoreWriter(tmp_path)
+    tables = {"records": [stored.record(1)], "eigenvalues": [spectrum(1), row]}
+    with pytest.raises(UnwritableRows, match="rows of eigenvalues that can never be written: "):
+        writer.append_tables("run", tables)
+    assert list(tmp_path.rglob("*.parquet")) == [], "nothing of any table"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small file system may not be mounted here")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_full_disk_is_a_refusal_and_leaves_nothing(small_disk):
+    writer = StoreWriter(small_disk)
+    large = [spectrum(step, 4000) for step in range(30)]
+    with pytest.raises(OSError, match="No space left on device"):
+        writer.append("eigenvalues", "run", large)
+    folder = table_folder(small_disk, "run", "eigenvalues")
+    assert list(folder.iterdir()) == []
+    assert Path(writer.append("eigenvalues", "run", large[:1])).exists()
+
+
 # A parent that forks writers and kills them: forking is quicker than starting, and here no thread runs yet.
 KILLED_WRITERS = """
-import os, random, signal, sys, time
-from eigenwatch.aggregator.writer import StoreWriter
-from tests.aggregator.test_writer import spectrum
+import json, os, random, signal, sys, time
+from pathlib import Path
+import pyarrow.parquet as pq
+from eigenwatch.aggregator.writer import StoreWriter, UnwritableRows
+from tests.aggregator.test_writer import rows_of_all_tables
 
-rows = [spectrum(step, 4000) for step in range(30)]
+store, kills = Path(sys.argv[1]), int(sys.argv[2])
 random.seed(0)
-for kill in range(int(sys.argv[2])):
+tables = rows_of_all_tables()
+read, said, unfinished = {}, 0, set()
+for kill in range(kills):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        store = StoreWriter(sys.argv[1])
+        appender = StoreWriter(store)
         while True:
-            path = store.append("eigenvalues", f"run-{kill % 3}", rows)
-            os.write(writer, f"{path}\\n".encode())  # from here on it must survive
+            for path in appender.append_tables(f"run-{kill % 3}", tables):
+                os.write(writer, f"{path}\\n".encode())  # from here on it must survive
     os.close(writer)
-    said = os.read(reader, 1)  # it is writing
+    first = os.read(reader, 1)  # it is writing
     time.sleep(random.uniform(0.0, 0.05))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with os.fdopen(reader, "rb") as rest:
-        sys.stdout.write((said + rest.read()).decode())
+        acknowledged = (first + rest.read()).decode().split()
+    said += len(acknowledged)
+    for path in store.glob("run_id=*/*/part-*.parquet"):
+        if path not in read:
+            read[path] = pq.ParquetFile(path).read(use_threads=False).num_rows
+    assert {Path(path) for path in acknowledged} <= read.keys(), "a write that returned is there"
+    unfinished |= {path for path in store.rglob("*") if path.is_file() and path not in read}
+tables_of = {str(path.relative_to(store)): rows for path, rows in read.items()}
+print(json.dumps({"said": said, "read": tables_of, "unfinished": sorted(path.name for path in unfinished)}))
 """
+
+
+def rows_of_all_tables() -> dict[str, list[dict]]:
+    return {
+        "eigenvalues": [spectrum(step, 4000) for step in range(30)],
+        "alerts": [stored.alert("a", 3, written=1)],
+        "records": [stored.record(step) for step in range(30)],
+        "runs": [stored.run(written=0)],
+    }
 
 
 def test_a_writer_may_be_killed_at_any_moment(tmp_path):
     command = [sys.executable, "-c", KILLED_WRITERS, str(tmp_path), str(KILLS)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120, cwd=REPOSITORY)
-    said = done.stdout.split()
-    assert len(said) >= KILLS
-    found = {str(path) for path in tmp_path.glob("run_id=*/eigenvalues/part-*.parquet")}
-    assert set(said) <= found, "a write that returned is durable"
-    for path in found:
-        assert pq.read_table(path).num_rows == 30
-    for run in range(3):
-        folder = table_folder(tmp_path, f"run-{run}", "eigenvalues")
-        assert ds.dataset(folder, format="parquet").count_rows() % 30 == 0, "readers pass over what is unfinished"
-    unfinished = [path for path in tmp_path.rglob("*") if path.is_file() and str(path) not in found]
-    assert all(path.name.startswith(".") for path in unfinished)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=500, cwd=REPOSITORY)
+    found = json.loads(done.stdout)
+    assert found["said"] >= KILLS
+    written = {table: len(rows) for table, rows in rows_of_all_tables().items()}
+    assert {table: {rows for path, rows in found["read"].items() if f"/{table}/" in path} for table in written} == {
+        table: {rows} for table, rows in written.items()
+    }
+    assert found["unfinished"], "some were killed in the middle of a file"
+    assert all(name.startswith(".") for name in found["unfinished"]), "which readers pass over"
+    with open_history(tmp_path) as history:
+        for view, table in (("records_raw", "records"), ("alerts", "alerts"), ("runs", "runs")):
+            assert history.query(f"FROM {view}").num_rows > 0, table
+        (counted,) = history.query("SELECT count(*) AS rows FROM records_raw").to_pylist()
+    assert counted["rows"] == sum(rows for path, rows in found["read"].items() if "/records/" in path)

@@ -107,6 +107,18 @@ def test_more_frequent_compaction_does_not_keep_them_for_ever(tmp_path: Path) ->
     assert not any(path.exists() for path in old)
 
 
+def test_a_merged_part_that_is_merged_again_passes_on_what_it_replaced(tmp_path: Path) -> None:
+    """A listing that is not of one moment may miss the first merged part and find what that replaced."""
+    fill(tmp_path)
+    compacted(tmp_path)
+    first = [path for path in parts(tmp_path) if is_merged(path.name)]
+    write(tmp_path, "r", "records", record(77))
+    before = seen(tmp_path)
+    assert compacted(tmp_path, now=START + DAY + timedelta(minutes=5)).merged == 2
+    next(path for path in first if path.parent.name == "records").unlink()
+    assert seen(tmp_path) == before
+
+
 def test_a_reader_that_has_listed_the_files_before_goes_on_with_them(tmp_path: Path) -> None:
     fill(tmp_path)
     with open_history(tmp_path) as history:

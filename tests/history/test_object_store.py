@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import duckdb
 import pytest
@@ -16,7 +17,10 @@ from eigenwatch.history import open_history
 from eigenwatch.schemas import RecordKey
 from eigenwatch.schemas.store import open_store
 
+from tests.conftest import start_serve, stop_serve
 from tests.history.stored import record, run, spectrum
+from tests.jobs.launch import start_job
+from tests.processes import PATIENCE_SECONDS
 from tests.s3_server import CREDENTIALS, new_store, s3_server
 
 
@@ -156,3 +160,17 @@ def test_missing_credentials_are_named(uri: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", "/nonexistent")
     assert "access denied (check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in refused(uri)
+
+
+def test_serve_stores_a_training_there(uri: str, job_environment: dict[str, str], tmp_path: Path) -> None:
+    served = start_serve(uri)
+    try:
+        options = ("--run-id", "job", "--aggregator", served.address, "--steps", "5", "--every", "2")
+        job = start_job(tmp_path, job_environment, *options, ranks=1)
+        assert job.wait(PATIENCE_SECONDS) == 0, (tmp_path / "stderr").read_text()
+    finally:
+        assert stop_serve(served) == 0
+    with open_history(uri) as history:
+        counted = history.query("SELECT count(*) AS records, bool_and(complete) AS whole FROM records").to_pylist()
+        assert counted == [{"records": 9, "whole": True}]
+        assert history.query("SELECT run_id, status FROM runs").to_pylist() == [{"run_id": "job", "status": "finished"}]
