@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..schemas import check_run_id, default_store
+from ..schemas import absolute_store, check_run_id, default_store
 from ..schemas.delivery import check_reachable
 from .cadence import Cadence
 from .capture import Room
@@ -135,7 +135,7 @@ def attach(
         if ranks.rank == 0:
             mine["launch_id"], mine["served"] = uuid.uuid4().hex, Served(aggregator)
             if aggregator == "embedded":
-                embedded = EmbeddedAggregator(os.path.abspath(store or default_store()), metrics_port or 0)
+                embedded = EmbeddedAggregator(absolute_store(store or default_store()), metrics_port or 0)
                 mine["served"] = embedded.served
             elif aggregator not in ("inline", "auto"):
                 _warn_if_unreachable(aggregator)
@@ -144,7 +144,7 @@ def attach(
     def open_handover() -> dict[str, Any]:
         nonlocal handover
         if aggregator == "inline":
-            handover = InlineHandover(run, ranks.rank, os.path.abspath(store or default_store()), metrics_port)
+            handover = InlineHandover(run, ranks.rank, absolute_store(store or default_store()), metrics_port)
         else:
             destination = Destination(served.address, served.store)
             spool = Spool.create(spool_roots(bounds.spool_bytes), run, ranks.rank, destination)

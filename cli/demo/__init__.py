@@ -46,7 +46,10 @@ def demo(store: str | None, run_id: str | None, steps: int, every: int, ranks: i
     from ...history import open_history
 
     console = Console()
-    folder = Path(store or default_store()).absolute()
+    where = store or default_store()
+    if "://" in where:
+        raise click.BadParameter(f"the demo keeps its picture in a folder, got {where}", param_hint="--store")
+    folder = Path(where).absolute()
     run_id = check_run_id(run_id or f"demo-{datetime.now():%Y%m%d-%H%M%S}")
     arguments = [
         *("--run-id", run_id, "--store", str(folder), "--steps", str(steps), "--every", str(every)),
