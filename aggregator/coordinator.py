@@ -45,6 +45,8 @@ OVERLAP_SECONDS = 60.0
 began. Heartbeats alone do not show it: the couriers of a job that crashed, and later those of its successor, go on
 delivering what it left. Long, since clocks differ."""
 REMEMBERED_ENDED = 1000
+Counted = Mapping[str, Mapping[str, RunCounters]]
+"""By incarnation of a shard and run."""
 EARLIER = "earlier"
 """Under which the counters of all shards are added that are no more."""
 
@@ -84,6 +86,7 @@ class Coordinator:
         self._ended: deque[Launch] = deque(maxlen=REMEMBERED_ENDED)
         self._counters: dict[str, dict[str, RunCounters]] = {}
         """By run under way and incarnation of the shard that counted."""
+        self._kept = False
         self._awaited_until = time.monotonic() + AWAITED_SECONDS
         self._next_look = 0.0
         self._written_at = datetime.fromtimestamp(0, UTC)
@@ -126,17 +129,21 @@ class Coordinator:
             if not launch.unfinished:
                 self._end(launch, "finished" if launch.clean else "lost")
 
-    def running(self, counted: Mapping[str, Mapping[str, RunCounters]] | None = None) -> list[RunState]:
+    def running(self, counted: Counted | None = None, before: Counted | None = None) -> list[RunState]:
         """The newest launch of each run under way; launches not heard of for long are ended first.
 
         An earlier launch of a run that was started again may still have partials to deliver: it stays open, unshown.
 
         Args:
-            counted: what the shards have counted since they started, by incarnation and run. It is kept, and written
-                now and then, for when one of them or this coordinator starts again.
+            counted: what the shards have counted since they started. It is kept, and written now and then, for when one
+                of them or this coordinator starts again.
+            before: the same as the caller knew it last time, newer than what was written, if we start again.
         """
         self._look_for_overlaps()
         with self._lock:
+            if counted and not self._kept:
+                self._keep(before or {})
+                self._kept = True
             self._keep(counted or {})
             newest = self._newest()
             for launch in list(self._launches.values()):
@@ -148,7 +155,7 @@ class Coordinator:
                     self._write(launch)
             return [self._state(one) for one in shown if one.heard or time.monotonic() < self._awaited_until]
 
-    def close(self, counted: Mapping[str, Mapping[str, RunCounters]]) -> None:
+    def close(self, counted: Counted) -> None:
         """Writes what was counted of launches under way."""
         with self._lock:
             self._keep(counted)
@@ -202,7 +209,7 @@ class Coordinator:
                 written=counter_columns(one.counters, one.losses),
             )
 
-    def _keep(self, counted: Mapping[str, Mapping[str, RunCounters]]) -> None:
+    def _keep(self, counted: Counted) -> None:
         """Notes what the shards that live have counted; what others had is added up."""
         for run_id in {run_id for run_id, _ in self._launches} if counted else ():
             before = self._counters.get(run_id, {})

@@ -20,7 +20,7 @@ from ..schemas.delivery import COORDINATOR, NAMESPACE, check_reachable
 from .actors import CoordinatorActor, ShardActor
 from .config import ServiceConfig
 from .exporter import Endpoint
-from .snapshot import Launch, RunState, ShardSnapshot, Snapshot
+from .snapshot import Launch, RunState, ShardSnapshot, Snapshot, counted_by
 from .writer import StoreWriter
 
 log = logging.getLogger("eigenwatch.aggregator")
@@ -95,8 +95,8 @@ class Service:
         shards: list[ShardSnapshot] = ray.get(
             [shard.snapshot.remote(ended) for shard in self._shards], timeout=CALL_SECONDS
         )
-        counted = {shard.incarnation: shard.counters for shard in shards}
-        runs: list[RunState] = ray.get(self._coordinator.running.remote(counted), timeout=CALL_SECONDS)
+        asked = self._coordinator.running.remote(counted_by(shards), self._snapshot.counted)
+        runs: list[RunState] = ray.get(asked, timeout=CALL_SECONDS)
         return Snapshot(time.time(), runs, shards)
 
 

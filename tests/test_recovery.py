@@ -1,4 +1,4 @@
-"""An aggregator whose processes die, and which then goes on where it was: alerts, gauges and counters, on a real Ray."""
+"""An aggregator whose processes die goes on where it was: alerts, gauges and counters, on a real Ray."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import torch
 from eigenwatch.agent import attach
 from eigenwatch.history import open_history
 
+from tests.aggregator.test_shard import stored
 from tests.conftest import start_serve, stop_serve
 from tests.processes import wait_until
 from tests.test_bad_input import Model
@@ -45,12 +46,6 @@ def shown(cluster: Cluster, name: str) -> float | None:
     return samples[0].value if len(samples) == 1 else None
 
 
-def fired(cluster: Cluster) -> list[dict]:
-    with open_history(cluster.store) as history:
-        sql = f"FROM read_parquet('{cluster.store}/run_id=dies/alerts/*.parquet') SELECT alert_id, state, step"
-        return history.query(sql).to_pylist()
-
-
 def test_whatever_dies_an_alert_stays_and_no_counter_falls(cluster):
     model, batch = collapsed_model(), torch.randn(400, 8)
     with attach(model, run_id="dies", every=1, aggregator=cluster.address) as agent:
@@ -77,7 +72,7 @@ def test_whatever_dies_an_alert_stays_and_no_counter_falls(cluster):
         assert shown(cluster, "eigenwatch_records_written") is not None
 
         train(3, 4, 5)
-        assert len(fired(cluster)) == 1, "it fires once"
+        assert len(stored(cluster.store, "alerts", "dies")) == 1, "it fires once"
         wait_until(lambda: shown(cluster, "eigenwatch_records_written") == 6, "six records, of both shards")
         assert shown(cluster, "eigenwatch_partials_received") >= received + 3
 
@@ -87,7 +82,7 @@ def test_whatever_dies_an_alert_stays_and_no_counter_falls(cluster):
         assert shown(cluster, "eigenwatch_records_written") == 6
         train(6)
         assert shown(cluster, "eigenwatch_partials_received") >= received + 4
-        assert len(fired(cluster)) == 1
+        assert len(stored(cluster.store, "alerts", "dies")) == 1
     with open_history(cluster.store) as history:
         (run,) = history.query("SELECT attempt, status FROM runs").to_pylist()
     assert run == {"attempt": 0, "status": "finished"}

@@ -295,6 +295,16 @@ def test_counters_survive_the_coordinator_and_everything_else(coordinator, tmp_p
     assert rows(tmp_path)[-1]["dropped"] == [("late", 2), ("outbox_full", 4)]
 
 
+def test_what_a_shard_and_the_coordinator_knew_that_died_together_is_known_by_who_asks(coordinator, tmp_path):
+    coordinator.open_run(launch("a"))
+    coordinator.running({"s1": {"run": RunCounters(4)}})
+    coordinator.close({"s1": {"run": RunCounters(4)}})
+    again, after = restarted(tmp_path), {"s1-again": {"run": RunCounters(1)}}
+    for before in (COUNTED, after):
+        (state,) = again.running(after, before)
+        assert state.earlier == RunCounters(17, 1, 9, (("late", 2),))
+
+
 def test_a_row_says_what_was_counted_once_a_minute_and_at_the_end(coordinator, tmp_path, monkeypatch):
     coordinator.open_run(launch("a"))
     for received in range(5):
