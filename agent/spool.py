@@ -400,7 +400,7 @@ def _verified(file: NDArray[np.uint8]) -> pa.Buffer:
     if file.size <= _TRAILER.size:
         raise PartialRefused("malformed", f"{file.size} bytes are no partial")
     stream, trailer = file[: -_TRAILER.size], file[-_TRAILER.size :]
-    length, start, *checksums, magic = _TRAILER.unpack(trailer)
+    length, start, *checksums, magic = _TRAILER.unpack(trailer.data)
     if magic != _MAGIC or length != stream.size:
         raise PartialRefused("malformed", "its end is missing, or it was not written by this version")
     if not 0 <= start <= length - _END_OF_STREAM_BYTES or checksums != _checksums(stream, start):
@@ -409,7 +409,7 @@ def _verified(file: NDArray[np.uint8]) -> pa.Buffer:
 
 
 def _checksums(stream: NDArray[np.uint8], start: int) -> list[int]:
-    """The sum of the payload's words, and the CRC of everything that Arrow interprets and of where the payload begins.
+    """The sum of the payload's words, and the CRC of everything that Arrow interprets.
 
     A CRC of a large payload would cost as much as writing it (1.7 GB/s; the sum: 6.4 GB/s). The payload is numbers,
     which may be wrong but break nothing, and what happens to files, lost pages and flipped bits, changes the sum.
@@ -417,5 +417,7 @@ def _checksums(stream: NDArray[np.uint8], start: int) -> list[int]:
     payload, rest = stream[start:-_END_OF_STREAM_BYTES], stream[-_END_OF_STREAM_BYTES:]
     whole = payload.size // 8 * 8
     words = int(payload[:whole].view(np.uint64).sum())
-    crc = zlib.crc32(rest, zlib.crc32(payload[whole:], zlib.crc32(stream[:start], start & 0xFFFFFFFF)))
+    crc = 0
+    for part in (stream[:start], payload[whole:], rest):
+        crc = zlib.crc32(part.data, crc)
     return [words, crc]

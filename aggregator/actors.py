@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from ..schemas.delivery import Fates, Opened, PushReply
     from .config import ShardLimits, SolverConfig
-    from .snapshot import Launch, RunCounters, RunState, ShardSnapshot
+    from .coordinator import Counted
+    from .snapshot import Launch, RunState, ShardSnapshot
 
 
 class CoordinatorActor:
@@ -39,10 +40,10 @@ class CoordinatorActor:
     def finish(self, run_id: str, attempt: int, rank: int, clean: bool, dropped: dict[str, int]) -> None:
         self._coordinator.finish(run_id, attempt, rank, clean, dropped)
 
-    def running(self, counted: dict[str, dict[str, RunCounters]] | None = None) -> list[RunState]:
-        return self._coordinator.running(counted)
+    def running(self, counted: Counted | None = None, before: Counted | None = None) -> list[RunState]:
+        return self._coordinator.running(counted, before)
 
-    def close(self, counted: dict[str, dict[str, RunCounters]]) -> None:
+    def close(self, counted: Counted) -> None:
         self._coordinator.close(counted)
 
     def ended(self) -> list[Launch]:

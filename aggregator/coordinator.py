@@ -16,14 +16,14 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ..schemas import RunDescription
 from ..schemas.delivery import Opened
+from .launches import OpenLaunch
 from .ownership import owners
-from .recovery import StoredLaunch, captured_after, counter_columns, last_written, launches_under_way
+from .recovery import StoredLaunch, captured_after, last_written, launches_under_way
 from .snapshot import Launch, RunCounters, RunState
 from .stored import stored_attempts
 from .writer import StoreWriter, UnwritableRows
@@ -38,38 +38,17 @@ AWAITED_SECONDS = 120.0
 """How long a launch that is known from the store only is shown. Couriers are back sooner, whatever restarted."""
 COUNTERS_SECONDS = 60.0
 """Between rows that say only what was counted."""
+LOOK_SECONDS = 60.0
+"""Between looks for run ids that two jobs use."""
 OVERLAP_SECONDS = 60.0
 """Two launches of one run id train at the same time if the earlier one captured something so long after the later one
 began. Heartbeats alone do not show it: the couriers of a job that crashed, and later those of its successor, go on
 delivering what it left. Long, since clocks differ."""
 REMEMBERED_ENDED = 1000
+Counted = Mapping[str, Mapping[str, RunCounters]]
+"""By incarnation of a shard and run."""
 EARLIER = "earlier"
 """Under which the counters of all shards are added that are no more."""
-
-
-@dataclass(slots=True)
-class _Launch:
-    run: RunDescription
-    attempt: int
-    started_at: datetime
-    heard_at: float
-    """On the monotonic clock."""
-    unfinished: set[int]
-    clean: bool = True
-    status: str = "running"
-    dropped: dict[int, dict[str, int]] = field(default_factory=dict)
-    """Losses by rank and reason."""
-    heard: bool = True
-    """False while it is known from the store only."""
-    in_use: bool = False
-    """Whether another launch of its run id was found to train at the same time."""
-    written: dict[str, Any] = field(default_factory=dict)
-    """What its newest row says was counted."""
-    next_row: float = 0.0
-    """When the next row may be written that says only what was counted; on the monotonic clock."""
-
-    def speaks(self) -> None:
-        self.heard, self.heard_at = True, time.monotonic()
 
 
 class Coordinator:
@@ -79,10 +58,11 @@ class Coordinator:
         self._writer = StoreWriter(store)
         self._shard_names = shard_names
         self._epoch = _next_epoch(0)
-        self._launches: dict[Launch, _Launch] = {}
+        self._launches: dict[Launch, OpenLaunch] = {}
         self._ended: deque[Launch] = deque(maxlen=REMEMBERED_ENDED)
         self._counters: dict[str, dict[str, RunCounters]] = {}
         """By run under way and incarnation of the shard that counted."""
+        self._kept = False
         self._awaited_until = time.monotonic() + AWAITED_SECONDS
         self._next_look = 0.0
         self._written_at = datetime.fromtimestamp(0, UTC)
@@ -132,49 +112,46 @@ class Coordinator:
                 return
             launch.speaks()
             launch.dropped[rank] = dropped
-            launch.clean &= clean
-            launch.unfinished.discard(rank)
-            if not launch.unfinished:
-                self._end(launch, "finished" if launch.clean else "lost")
+            launch.ended[rank] = clean
+            launch.next_row = 0.0  # a coordinator that starts again must not wait for this rank
+            if len(launch.ended) == launch.run.world_size:
+                self._end(launch, "finished" if all(launch.ended.values()) else "lost")
 
-    def running(self, counted: Mapping[str, Mapping[str, RunCounters]] | None = None) -> list[RunState]:
+    def running(self, counted: Counted | None = None, before: Counted | None = None) -> list[RunState]:
         """The newest launch of each run under way; launches not heard of for long are ended first.
 
         An earlier launch of a run that was started again may still have partials to deliver: it stays open, unshown.
 
         Args:
-            counted: what the shards have counted since they started, by incarnation and run. It is kept, and written
-                now and then, for when one of them or this coordinator starts again.
+            counted: what the shards have counted since they started. It is kept, and written now and then, for when one
+                of them or this coordinator starts again.
+            before: the same as the caller knew it last time, newer than what was written, if we start again.
         """
         self._look_for_overlaps()
         with self._lock:
+            if counted and not self._kept:
+                self._keep(before or {})
+                self._kept = True
             self._keep(counted or {})
             newest = self._newest()
             for launch in list(self._launches.values()):
                 self._end_silent(launch, replaced=launch.attempt < newest[launch.run.run_id])
-            newest = self._newest()
-            shown = [one for one in self._launches.values() if one.attempt == newest[one.run.run_id]]
-            for launch in shown:
-                if launch.heard and time.monotonic() >= launch.next_row and self._counted(launch) != launch.written:
-                    self._write(launch)
-            return [self._state(one) for one in shown if one.heard or time.monotonic() < self._awaited_until]
+            self._write_kept(only_due=True)
+            awaited = time.monotonic() < self._awaited_until
+            return [self._state(one) for one in self._current() if one.heard or awaited]
 
-    def close(self, counted: Mapping[str, Mapping[str, RunCounters]]) -> None:
+    def close(self, counted: Counted) -> None:
         """Writes what was counted of launches under way."""
         with self._lock:
             self._keep(counted)
-            newest = self._newest()
-            for launch in self._launches.values():
-                current = launch.heard and launch.attempt == newest[launch.run.run_id]
-                if current and self._counted(launch) != launch.written:
-                    self._write(launch)
+            self._write_kept(only_due=False)
 
     def ended(self) -> list[Launch]:
         """Launches that ended lately."""
         with self._lock:
             return list(self._ended)
 
-    def _state(self, launch: _Launch) -> RunState:
+    def _state(self, launch: OpenLaunch) -> RunState:
         run = launch.run
         dropped = dict(sum((Counter(one) for one in launch.dropped.values()), Counter[str]()))
         earlier = self._counters.get(run.run_id, {}).get(EARLIER, RunCounters())
@@ -183,7 +160,7 @@ class Coordinator:
             run.run_id, launch.attempt, run.world_size, len(run.layers), dropped, earlier, launch.heard, in_use
         )
 
-    def _launches_of(self, run_id: str) -> list[_Launch]:
+    def _launches_of(self, run_id: str) -> list[OpenLaunch]:
         """Oldest first."""
         launches = [one for one in self._launches.values() if one.run.run_id == run_id]
         return sorted(launches, key=lambda one: one.attempt)
@@ -195,25 +172,20 @@ class Coordinator:
             newest[run_id] = max(attempt, newest.get(run_id, 0))
         return newest
 
+    def _current(self) -> list[OpenLaunch]:
+        """The newest launch of each run."""
+        newest = self._newest()
+        return [one for one in self._launches.values() if one.attempt == newest[one.run.run_id]]
+
     def _take_up(self, stored: list[StoredLaunch]) -> None:
         """Notes launches of which the store says that they run, but for those that we know."""
         for one in stored:
             if (one.run.run_id, one.attempt) in self._launches:
                 continue
             silent = (datetime.now(UTC) - one.heard_at).total_seconds()
-            self._launches[(one.run.run_id, one.attempt)] = _Launch(
-                run=one.run,
-                attempt=one.attempt,
-                started_at=one.started_at,
-                heard_at=time.monotonic() - silent,
-                unfinished=set(range(one.run.world_size)),
-                dropped=one.losses,
-                heard=False,
-                in_use=one.run_id_in_use,
-                written=counter_columns(one.counters, one.losses),
-            )
+            self._launches[(one.run.run_id, one.attempt)] = OpenLaunch.taken_up(one, silent)
 
-    def _keep(self, counted: Mapping[str, Mapping[str, RunCounters]]) -> None:
+    def _keep(self, counted: Counted) -> None:
         """Notes what the shards that live have counted; what others had is added up."""
         for run_id in {run_id for run_id, _ in self._launches} if counted else ():
             before = self._counters.get(run_id, {})
@@ -222,10 +194,17 @@ class Coordinator:
                 kept[EARLIER] = kept.get(EARLIER, RunCounters()).plus(before[gone])
             self._counters[run_id] = kept
 
-    def _counted(self, launch: _Launch) -> dict[str, Any]:
-        return counter_columns(self._counters.get(launch.run.run_id, {}), launch.dropped)
+    def _kept_of(self, launch: OpenLaunch) -> dict[str, Any]:
+        return launch.kept(self._counters.get(launch.run.run_id, {}))
 
-    def _end_silent(self, launch: _Launch, replaced: bool) -> None:
+    def _write_kept(self, only_due: bool) -> None:
+        """Writes what a coordinator that starts again would not know."""
+        for launch in self._current():
+            due = not only_due or time.monotonic() >= launch.next_row
+            if launch.heard and due and self._kept_of(launch) != launch.written:
+                self._write(launch)
+
+    def _end_silent(self, launch: OpenLaunch, replaced: bool) -> None:
         """Ends a launch of which nobody has heard for long: we, or for one from the store whoever writes there."""
         now = time.monotonic()
         patience = REPLACED_SECONDS if replaced else LOST_SECONDS
@@ -244,7 +223,7 @@ class Coordinator:
         with self._lock:
             if time.monotonic() < self._next_look:
                 return
-            self._next_look = time.monotonic() + OVERLAP_SECONDS
+            self._next_look = time.monotonic() + LOOK_SECONDS
             runs = {run_id for run_id, _ in self._launches}
             pairs = [pair for run_id in runs for pair in itertools.pairwise(self._launches_of(run_id))]
         for earlier, later in pairs:
@@ -264,22 +243,18 @@ class Coordinator:
                     if launch.status == "running" and launch.heard:
                         self._write(launch)
 
-    def _open(self, run: RunDescription) -> _Launch:
-        known = [
-            one for one in launches_under_way(self._writer.store, run.run_id) if one.run.launch_id != run.launch_id
-        ]
-        self._take_up([one for one in known if (run.run_id, one.attempt) not in self._launches])
-        launch = _Launch(
+    def _open(self, run: RunDescription) -> OpenLaunch:
+        stored = launches_under_way(self._writer.store, run.run_id)
+        self._take_up([one for one in stored if one.run.launch_id != run.launch_id])  # another aggregator may have them
+        launch = OpenLaunch(
             run=run,
             attempt=self._attempt_of(run),
             started_at=datetime.now(UTC),
             heard_at=time.monotonic(),
-            unfinished=set(range(run.world_size)),
         )
-        key = (run.run_id, launch.attempt)
-        self._launches[key] = launch
-        if key in self._ended:
-            self._ended.remove(key)
+        self._launches[launch.key] = launch
+        if launch.key in self._ended:
+            self._ended.remove(launch.key)
         self._write(launch)
         return launch
 
@@ -288,45 +263,21 @@ class Coordinator:
         attempts = stored_attempts(self._writer.store, run.run_id)
         return attempts.get(run.launch_id, max(attempts.values(), default=-1) + 1)
 
-    def _end(self, launch: _Launch, status: str) -> None:
+    def _end(self, launch: OpenLaunch, status: str) -> None:
         launch.status = status
-        self._write(launch, ended_at=datetime.now(UTC))
-        run_id = launch.run.run_id
-        del self._launches[(run_id, launch.attempt)]
-        self._ended.append((run_id, launch.attempt))
-        if not self._launches_of(run_id):
-            self._counters.pop(run_id, None)
+        self._write(launch)
+        del self._launches[launch.key]
+        self._ended.append(launch.key)
+        if not self._launches_of(launch.run.run_id):
+            self._counters.pop(launch.run.run_id, None)
 
-    def _write(self, launch: _Launch, ended_at: datetime | None = None) -> None:
+    def _write(self, launch: OpenLaunch) -> None:
         self._written_at = max(datetime.now(UTC), self._written_at + timedelta(microseconds=1))
-        run = launch.run
-        row = {
-            "attempt": launch.attempt,
-            "launch_id": run.launch_id,
-            "status": launch.status,
-            "world_size": run.world_size,
-            "layers": [
-                {
-                    "layer": one.layer,
-                    "site": one.site,
-                    "expert": one.expert,
-                    "name": one.name,
-                    "width": one.width,
-                }
-                for one in run.layers
-            ],
-            "tags": list(run.tags.items()),
-            "started_at": launch.started_at,
-            "ended_at": ended_at,
-            "run_id_in_use": launch.in_use,
-            **(counted := self._counted(launch)),
-            "written_at": self._written_at,
-        }
-        launch.written, launch.next_row = counted, time.monotonic() + COUNTERS_SECONDS
+        launch.written, launch.next_row = self._kept_of(launch), time.monotonic() + COUNTERS_SECONDS
         try:
-            self._writer.append("runs", run.run_id, [row])
+            self._writer.append("runs", launch.run.run_id, [launch.row(launch.written, self._written_at)])
         except (OSError, UnwritableRows) as error:
-            log.error("run %s: its row could not be written: %s", run.run_id, error)
+            log.error("run %s: its row could not be written: %s", launch.run.run_id, error)
 
 
 def _next_epoch(epoch: int) -> int:

@@ -18,7 +18,7 @@ from .config import ShardLimits, SolverConfig
 from .coordinator import Coordinator
 from .exporter import Endpoint
 from .shard import Shard
-from .snapshot import Snapshot
+from .snapshot import Snapshot, counted_by
 
 _SHARD = "shard-0"
 
@@ -58,4 +58,4 @@ class InlineAggregator:
 
     def _snapshot(self) -> Snapshot:
         shard = self._shard.snapshot(self._coordinator.ended())
-        return Snapshot(time.time(), self._coordinator.running({shard.incarnation: shard.counters}), [shard])
+        return Snapshot(time.time(), self._coordinator.running(counted_by([shard])), [shard])

@@ -42,6 +42,8 @@ class StoredLaunch(NamedTuple):
     """By the incarnation of the shard that counted."""
     losses: dict[int, dict[str, int]]
     """Partials that the ranks lost, by rank and reason."""
+    ended: dict[int, bool]
+    """Ranks that send nothing more, and whether they closed rather than died."""
 
 
 class SeriesMemory(NamedTuple):
@@ -122,8 +124,10 @@ def stored_alerts(store: Store, run_id: str, attempt: int) -> dict[tuple[SeriesK
     return {(_series(run_id, row), row["kind"]): row for row in in_order}
 
 
-def counter_columns(counters: dict[str, RunCounters], losses: dict[int, dict[str, int]]) -> dict[str, Any]:
-    """The columns of `runs` that keep what `StoredLaunch` says was counted."""
+def kept_columns(
+    counters: dict[str, RunCounters], losses: dict[int, dict[str, int]], ended: dict[int, bool]
+) -> dict[str, Any]:
+    """The columns of `runs` that keep what `StoredLaunch` gives back."""
     dropped: dict[str, int] = {}
     for counted in (*(dict(one.dropped) for one in counters.values()), *losses.values()):
         for reason, partials in counted.items():
@@ -138,6 +142,7 @@ def counter_columns(counters: dict[str, RunCounters], losses: dict[int, dict[str
             for rank, by_reason in sorted(losses.items())
             for reason, partials in sorted(by_reason.items())
         ],
+        "ranks_ended": [{"rank": rank, "clean": clean} for rank, clean in sorted(ended.items())],
     }
 
 
@@ -159,8 +164,16 @@ def _launch(run_id: str, row: dict[str, Any]) -> StoredLaunch:
     losses: dict[int, dict[str, int]] = {}
     for one in row["losses"] or ():
         losses.setdefault(one["rank"], {})[one["reason"]] = one["partials"]
-    in_use = bool(row["run_id_in_use"])
-    return StoredLaunch(run, row["attempt"], row["started_at"], row["written_at"], in_use, counters, losses)
+    return StoredLaunch(
+        run,
+        row["attempt"],
+        row["started_at"],
+        row["written_at"],
+        bool(row["run_id_in_use"]),
+        counters,
+        losses,
+        {one["rank"]: one["clean"] for one in row["ranks_ended"] or ()},
+    )
 
 
 def _newest_rows(store: Store, run_id: str) -> Iterable[dict[str, Any]]:

@@ -21,7 +21,7 @@ from .actors import CoordinatorActor, ShardActor
 from .config import ServiceConfig
 from .exporter import Endpoint
 from .fleet import Fleet
-from .snapshot import Launch, RunState, Snapshot
+from .snapshot import Launch, RunState, Snapshot, counted_by
 from .writer import StoreWriter
 
 log = logging.getLogger("eigenwatch.aggregator")
@@ -95,8 +95,8 @@ class Service:
     def _take_snapshot(self) -> Snapshot:
         ended: list[Launch] = ray.get(self._coordinator.ended.remote(), timeout=CALL_SECONDS)
         shards = self._fleet.snapshots(ended)
-        counted = {shard.incarnation: shard.counters for shard in shards}
-        runs: list[RunState] = ray.get(self._coordinator.running.remote(counted), timeout=CALL_SECONDS)
+        asked = self._coordinator.running.remote(counted_by(shards), self._snapshot.counted)
+        runs: list[RunState] = ray.get(asked, timeout=CALL_SECONDS)
         return Snapshot(self._fleet.heard_at, runs, shards, len(self._fleet.away))
 
 

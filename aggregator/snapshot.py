@@ -115,5 +115,10 @@ class Snapshot(NamedTuple):
 
     @property
     def counted(self) -> dict[str, dict[str, RunCounters]]:
-        """What the shards have counted, by incarnation and run."""
-        return {shard.incarnation: shard.counters for shard in self.shards}
+        """See `counted_by`."""
+        return counted_by(self.shards)
+
+
+def counted_by(shards: list[ShardSnapshot]) -> dict[str, dict[str, RunCounters]]:
+    """What shards have counted, by incarnation and run."""
+    return {shard.incarnation: shard.counters for shard in shards}

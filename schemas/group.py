@@ -23,6 +23,7 @@ from .wire import (
     PartialRefused,
     WirePartial,
     check_array,
+    check_size,
     integer,
     number,
     read_origin,
@@ -106,6 +107,7 @@ class PartialGroup(Origin):
         forms = header.get("forms")
         if forms not in (SCATTER, SAMPLES, MIXED):
             raise PartialRefused("malformed", f"a group of partials of form {shown(forms)} is not known")
+        check_size(packed_length(width), np.float32)
         check_array("means", means, np.float64, len(parts) * width)
         check_array("scatter", scatter, np.float32, packed_length(width) if any(one.tokens for one in parts) else 0)
         if not np.isfinite(means).all():

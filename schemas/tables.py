@@ -129,6 +129,7 @@ RUNS = pa.schema(
                 )
             ),
         ),
+        pa.field("ranks_ended", pa.list_(pa.struct([pa.field("rank", pa.int32()), pa.field("clean", pa.bool_())]))),
         _WRITTEN_AT,
     ],
     metadata=_METADATA,

@@ -129,7 +129,7 @@ def test_a_launch_is_finished_when_its_last_rank_has_closed(coordinator, tmp_pat
     coordinator.finish("run", 0, 0, True, {})
     assert running(coordinator) == []
     assert coordinator.ended() == [("run", 0)]
-    opened, closed = rows(tmp_path)
+    opened, *_, closed = rows(tmp_path)
     assert closed["status"] == "finished"
     assert closed["ended_at"] >= closed["started_at"] == opened["started_at"]
     assert closed["written_at"] > opened["written_at"]
@@ -218,7 +218,8 @@ def test_a_launch_whose_ranks_all_died_meanwhile_is_lost_in_time(coordinator, tm
     again = restarted(tmp_path)
     monkeypatch.setattr("eigenwatch.aggregator.coordinator.LOST_SECONDS", -1.0)
     assert running(again) == [("run", 0)], "its couriers may be on their way"
-    again._awaited_until = 0.0
+    monkeypatch.setattr("eigenwatch.aggregator.coordinator.AWAITED_SECONDS", -1.0)
+    again = restarted(tmp_path)
     assert running(again) == []
     assert story(tmp_path)[-1] == (0, "a", "lost")
     assert again.ended() == [("run", 0)]
@@ -235,8 +236,8 @@ def record_of(store: Path, captured_at: datetime, attempt: int = 0, run_id: str 
 
 def test_a_launch_of_another_aggregator_on_the_store_is_left_to_that(coordinator, tmp_path, monkeypatch):
     coordinator.open_run(launch("a"))
+    monkeypatch.setattr("eigenwatch.aggregator.coordinator.AWAITED_SECONDS", -1.0)
     other = restarted(tmp_path)  # as an embedded aggregator of another job starts
-    other._awaited_until = 0.0
     assert running(other) == []
     monkeypatch.setattr("eigenwatch.aggregator.coordinator.LOST_SECONDS", 5.0)
     for one in other._launches.values():
@@ -245,6 +246,19 @@ def test_a_launch_of_another_aggregator_on_the_store_is_left_to_that(coordinator
     assert running(other) == []
     assert story(tmp_path) == [(0, "a", "running")]
     assert coordinator.heartbeat("run", 0, 0, {})
+
+
+def test_a_launch_ends_with_its_last_rank_though_the_others_ended_before_a_restart(coordinator, tmp_path):
+    coordinator.open_run(launch("a"))
+    coordinator.open_run(launch("x", run_id="other"))
+    coordinator.finish("run", 0, 1, True, {})
+    coordinator.finish("other", 0, 0, False, {})
+    coordinator.running()
+    again = restarted(tmp_path)
+    again.finish("run", 0, 0, True, {})
+    again.finish("other", 0, 1, True, {})
+    assert running(again) == []
+    assert [story(tmp_path, run_id)[-1][2] for run_id in ("run", "other")] == ["finished", "lost"]
 
 
 def test_a_damaged_row_of_one_run_does_not_stop_the_others(coordinator, tmp_path, caplog):
@@ -295,13 +309,23 @@ def test_counters_survive_the_coordinator_and_everything_else(coordinator, tmp_p
     assert rows(tmp_path)[-1]["dropped"] == [("late", 2), ("outbox_full", 4)]
 
 
-def test_a_row_says_what_was_counted_once_a_minute_and_at_the_end(coordinator, tmp_path, monkeypatch):
+def test_what_a_shard_and_the_coordinator_knew_that_died_together_is_known_by_who_asks(coordinator, tmp_path):
     coordinator.open_run(launch("a"))
+    coordinator.running({"s1": {"run": RunCounters(4)}})
+    coordinator.close({"s1": {"run": RunCounters(4)}})
+    again, after = restarted(tmp_path), {"s1-again": {"run": RunCounters(1)}}
+    for before in (COUNTED, after):
+        (state,) = again.running(after, before)
+        assert state.earlier == RunCounters(17, 1, 9, (("late", 2),))
+
+
+def test_a_row_says_what_was_counted_once_a_minute_and_at_the_end(coordinator, tmp_path, monkeypatch):
+    coordinator.open_run(launch("x", run_id="other"))
     for received in range(5):
-        coordinator.running({"s1": {"run": RunCounters(received)}})
-    assert len(rows(tmp_path)) == 1
+        coordinator.running({"s1": {"other": RunCounters(received)}})
+    assert len(rows(tmp_path, "other")) == 1
     monkeypatch.setattr("eigenwatch.aggregator.coordinator.COUNTERS_SECONDS", 0.0)
-    coordinator._launches[("run", 0)].next_row = 0.0
+    coordinator.open_run(launch("a"))
     for received in (5, 5, 5, 6):
         coordinator.running({"s1": {"run": RunCounters(received)}})
     assert [row["counters"][0]["received"] if row["counters"] else 0 for row in rows(tmp_path)] == [0, 5, 6]
@@ -311,12 +335,14 @@ def test_a_row_says_what_was_counted_once_a_minute_and_at_the_end(coordinator, t
     finish(coordinator)
     last = rows(tmp_path)[-1]
     assert (last["status"], last["run_id_in_use"]) == ("finished", False)
+    sql = "SELECT status, dropped['late'] AS late, len(counters) AS shards FROM runs WHERE run_id = 'run'"
     with open_history(tmp_path) as history:
-        (seen,) = history.query("SELECT status, dropped['late'] AS late, len(counters) AS shards FROM runs").to_pylist()
+        (seen,) = history.query(sql).to_pylist()
     assert seen == {"status": "finished", "late": 2, "shards": 2}
 
 
 def test_a_run_id_that_two_jobs_use_at_once_is_told(coordinator, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("eigenwatch.aggregator.coordinator.LOOK_SECONDS", 0.0)
     coordinator.open_run(launch("a"))
     coordinator.open_run(launch("b"))
     now = datetime.now(UTC)
@@ -325,7 +351,6 @@ def test_a_run_id_that_two_jobs_use_at_once_is_told(coordinator, tmp_path, monke
     record_of(tmp_path, now + timedelta(seconds=90), attempt=1)
 
     def told() -> list[bool]:
-        coordinator._next_look = 0.0
         assert coordinator.heartbeat("run", 0, 0, {})
         return [one.in_use for one in coordinator.running()]
 

@@ -21,7 +21,7 @@ def main() -> None:
     address, run_id = sys.argv[1:]
     ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     described = run(layer(), run_id=run_id).to_wire() | {"world_size": 2}
-    coordinator, (shard, *_) = ray.get_actor(COORDINATOR), (ray.get_actor("shard-0"),)
+    coordinator, shard = ray.get_actor(COORDINATOR), ray.get_actor("shard-0")
     attempt = ray.get(coordinator.open_run.remote(described)).attempt
     ray.get(shard.open_run.remote(described, attempt))
     replies: dict[str, list[str]] = {}
@@ -29,7 +29,7 @@ def main() -> None:
         for rank in range(2):
             for what, bad in BAD.items():
                 header = bad.header if bad.changes is None else bad.header | bad.changes
-                if isinstance(header, dict) and header.get("run_id") == "run":
+                if bad.run == "run":
                     header = header | {"run_id": run_id, "attempt": attempt}
                 reply = ray.get(shard.push.remote(header, bad.mean, bad.payload))
                 replies.setdefault(what, []).append(f"{reply.status} {reply.reason}")
