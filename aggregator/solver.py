@@ -225,7 +225,8 @@ def _spectra(merged: Sequence[Group | Gram], rung: Rung) -> Tensor:
         by_order.setdefault(one.tokens if isinstance(one, Gram) else one.width, []).append(index)
     for order, members in by_order.items():
         lowers = [_lower(merged[index], rung.device) for index in members]
-        lower = lowers[0][None] if len(lowers) == 1 else torch.stack(lowers)
+        # Side by side as they lie in memory, by columns: a stack of transposed matrices would be copied across.
+        lower = lowers[0][None] if len(lowers) == 1 else torch.stack([one.mT for one in lowers]).mT
         found = eigenvalues_of_lower(lower, dtype=getattr(torch, rung.precision))
         degrees_K = torch.tensor([max(merged[index].tokens - 1, 1) for index in members])
         spectra_KD[members, :order] = found / degrees_K[:, None]

@@ -78,7 +78,8 @@ def estimate(matrix: Tensor, seed: int) -> Estimate:
 
 
 def _entropy(share: Tensor) -> Tensor:
-    return -torch.special.xlogy(share, share)
+    logarithm: Tensor = torch.special.xlogy(share, share)
+    return -logarithm
 
 
 def _powers(seen: Quadrature) -> Tensor:
@@ -94,7 +95,9 @@ def _entropy_by_probe(seen: Quadrature, known_3: Tensor) -> Tensor:
     powers_mk3, values_mk, root = _powers(seen), _entropy(seen.nodes), seen.weights.sqrt()
     scale_3 = powers_mk3.flatten(0, 1).amax(0).clamp(min=1e-300)
     design = (powers_mk3 / scale_3 * root[..., None]).flatten(0, 1)
-    fit_3 = torch.linalg.lstsq(design, (values_mk * root).flatten()[:, None], driver="gelsd").solution[:, 0] / scale_3
+    fit_3: Tensor = (
+        torch.linalg.lstsq(design, (values_mk * root).flatten()[:, None], driver="gelsd").solution[:, 0] / scale_3
+    )
     left_mk = values_mk - powers_mk3 @ fit_3
     return (seen.weights * left_mk).sum(-1) + known_3 @ fit_3
 
@@ -112,7 +115,7 @@ def _quantiles(seen: Quadrature, known_3: Tensor, count: int) -> Tensor:
     powers_n3 = powers_n3 / scale_3
     missing_3 = known_3 / scale_3 - weights @ powers_n3
     moments_33 = (powers_n3 * weights[:, None]).T @ powers_n3
-    tilt_3 = torch.linalg.lstsq(moments_33, missing_3[:, None], driver="gelsd").solution[:, 0]
+    tilt_3: Tensor = torch.linalg.lstsq(moments_33, missing_3[:, None], driver="gelsd").solution[:, 0]
     below = (weights * (1 + powers_n3 @ tilt_3)).clamp(min=0).cumsum(0)
     at = (torch.arange(count, dtype=torch.float64) + 0.5) / count * below[-1]
     values = nodes[torch.searchsorted(below, at).clamp(max=len(nodes) - 1)]
