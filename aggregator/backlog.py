@@ -27,7 +27,7 @@ _Order = tuple[int, int, int, int, str, int]
 @dataclass(slots=True)
 class _Run:
     seconds: float
-    """Solver time used; a run that comes back from idleness starts where the others are."""
+    """Solver time used; a run that is new, or was forgotten while idle, starts where the others are."""
     waiting: list[tuple[_Order, ClosedRecord]] = field(default_factory=list)
     """A heap."""
 
@@ -43,10 +43,7 @@ class Backlog:
 
     def add(self, closed: Iterable[ClosedRecord]) -> None:
         for one in closed:
-            floor = self._floor()
-            run = self._runs.setdefault(one.key.run_id, _Run(floor))
-            if not run.waiting:
-                run.seconds = max(run.seconds, floor)
+            run = self._runs.setdefault(one.key.run_id, _Run(self._floor()))
             heapq.heappush(run.waiting, (_order(one), one))
 
     def next(self) -> list[ClosedRecord]:

@@ -18,7 +18,7 @@ class SolverConfig:
     method: str = "exact"
     """"exact", or "slq": an estimate by stochastic Lanczos quadrature, a preview for layers too wide to be solved."""
     slq_width: int = 4096
-    """Matrices smaller than this are solved exactly, whatever `method` says."""
+    """Matrices smaller than this are solved exactly, whatever `method` says; at least 256."""
     own_process: bool = False
     """Whether a child of the shard solves, which may be killed at any time, or the shard itself, on the CPU."""
     timeout_seconds: float = 60.0
@@ -28,9 +28,10 @@ class SolverConfig:
         for name, known in (("device", DEVICES), ("precision", PRECISIONS), ("method", METHODS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("slq_width", "timeout_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.slq_width < 256:
+            raise ValueError(f"slq_width must be at least 256, got {self.slq_width}")
+        if self.timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds must be positive, got {self.timeout_seconds}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,7 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..schemas import METRIC_NAMES, PartialSamples, RecordKey
-from ..spectrum import Gram, Group, covariance_of, eigenvalues_of_lower, measure_together, rows_of
+from ..spectrum import (
+    Gram,
+    Group,
+    covariance_of,
+    eigenvalues_of_lower,
+    estimate,
+    measure_estimate,
+    measure_together,
+    rows_of,
+)
 from .config import SolverConfig
 
 log = logging.getLogger("eigenwatch.aggregator")
@@ -63,7 +73,7 @@ class Solved(NamedTuple):
     eigenvalues: NDArray[np.float32] | None
     """(D,) descending; None where rows were not finite, or every rung failed."""
     path: str | None
-    """The rung that succeeded and what it did, such as "cpu-float64" or "cuda-float64-gram"."""
+    """The rung that succeeded and what it did, such as "cpu-float64", "cuda-float64-gram" or "cpu-float64-slq"."""
     finite: bool = True
     """False where rows held NaN or Inf."""
     error: float | None = None
@@ -161,18 +171,39 @@ def solve_at(jobs: Sequence[Job], rung: Rung, config: SolverConfig) -> list[Solv
     Raises:
         RuntimeError, ValueError: one of them could not be solved.
     """
-    merged = [_merged(job, rung.device) for job in jobs]
-    finite = [index for index, one in enumerate(merged) if one.finite]
     solved = [unsolved(finite=False)] * len(jobs)
-    if not finite:
-        return solved
-    spectra_KD = _spectra([merged[index] for index in finite], rung)
-    metrics = measure_together([merged[index] for index in finite], spectra_KD)
-    stored_KD = spectra_KD.float().numpy()
-    for index, values, spectrum in zip(finite, metrics, stored_KD, strict=True):
-        path = f"{rung}-gram" if isinstance(merged[index], Gram) else str(rung)
-        solved[index] = Solved(values, spectrum, path)
+    exactly: list[tuple[int, Group | Gram]] = []
+    for index, job in enumerate(jobs):
+        merged = _merged(job, rung.device)
+        if not merged.finite:
+            continue
+        if config.method == "slq" and job.order >= config.slq_width:
+            solved[index] = _estimated(job, merged, rung)
+        else:
+            exactly.append((index, merged))
+    if exactly:
+        groups = [merged for _, merged in exactly]
+        spectra_KD = _spectra(groups, rung)
+        metrics = measure_together(groups, spectra_KD)
+        for (index, merged), values, spectrum in zip(exactly, metrics, spectra_KD.float().numpy(), strict=True):
+            solved[index] = Solved(values, spectrum, f"{rung}{_way(merged)}")
     return solved
+
+
+def _estimated(job: Job, merged: Group | Gram, rung: Rung) -> Solved:
+    """By quadrature, in float64 on whatever rung; the probes are those of the record's key."""
+    matrix = merged.products if isinstance(merged, Gram) else merged.scatter(rung.device)
+    seed = int.from_bytes(blake2b(repr(tuple(job.key)).encode(), digest_size=7).digest(), "big")
+    found = estimate(matrix.div_(max(merged.tokens - 1, 1)), seed)
+    padding = torch.zeros(merged.width - len(found.eigenvalues), dtype=torch.float64)
+    found = found._replace(eigenvalues=torch.cat((found.eigenvalues, padding)))
+    path = f"{rung.device}-float64{_way(merged)}-slq"
+    spectrum = found.eigenvalues.float().numpy()
+    return Solved(measure_estimate(merged, found), spectrum, path, error=found.soft_rank_error)
+
+
+def _way(merged: Group | Gram) -> str:
+    return "-gram" if isinstance(merged, Gram) else ""
 
 
 def _merged(job: Job, device: str) -> Group | Gram:
@@ -194,7 +225,8 @@ def _spectra(merged: Sequence[Group | Gram], rung: Rung) -> Tensor:
         by_order.setdefault(one.tokens if isinstance(one, Gram) else one.width, []).append(index)
     for order, members in by_order.items():
         lowers = [_lower(merged[index], rung.device) for index in members]
-        lower = lowers[0][None] if len(lowers) == 1 else torch.stack(lowers)
+        # Side by side as they lie in memory, by columns: a stack of transposed matrices would be copied across.
+        lower = lowers[0][None] if len(lowers) == 1 else torch.stack([one.mT for one in lowers]).mT
         found = eigenvalues_of_lower(lower, dtype=getattr(torch, rung.precision))
         degrees_K = torch.tensor([max(merged[index].tokens - 1, 1) for index in members])
         spectra_KD[members, :order] = found / degrees_K[:, None]

@@ -6,6 +6,7 @@ benchmark runs, not how fast anything is.
 """
 
 import argparse
+import dataclasses
 import os
 import platform
 import statistics
@@ -46,10 +47,11 @@ class Size(NamedTuple):
     gram_width: int
     small_width: int
     small_layers: int
+    slq_width: int
 
 
-FULL = Size(rounds=9, widths=(2048, 3072), gram_width=2048, small_width=256, small_layers=96)
-QUICK = Size(rounds=3, widths=(128,), gram_width=128, small_width=32, small_layers=8)
+FULL = Size(rounds=9, widths=(2048, 3072), gram_width=2048, small_width=256, small_layers=96, slq_width=3072)
+QUICK = Size(rounds=3, widths=(128,), gram_width=128, small_width=32, small_layers=8, slq_width=256)
 
 
 # --- solver: from a closed record to its row ---
@@ -59,6 +61,7 @@ def solver(size: Size) -> list[Row]:
     with tempfile.TemporaryDirectory() as store:
         rows = [one for width in size.widths for one in over_bare(store, width, size.rounds)]
         rows.append(gram_over_full(store, size.gram_width, size.rounds))
+        rows.append(estimate_over_full(size))
     return [*rows, *together_over_one_by_one(size)]
 
 
@@ -93,6 +96,22 @@ def gram_over_full(store: str, width: int, rounds: int) -> Row:
             full = shard.busy_seconds(as_scatter)
             ratios.append(shard.busy_seconds(as_rows) / full)
     return Row(f"Gram route / full solve, N=D/4, D={width}", ratios, "≤ 0.125")
+
+
+def estimate_over_full(size: Size) -> Row:
+    """The preview by stochastic Lanczos quadrature over the exact solve."""
+    width = size.slq_width
+    job = Job(key(0), Group.of(scatter_of(activations(2 * width, width), 0)))
+    exact, preview = SolverProcess(CPU), SolverProcess(dataclasses.replace(CPU, method="slq", slq_width=width))
+    ratios = []
+    for round_ in range(size.rounds + 1):
+        full = timed(lambda: exact.solve([job]))
+        estimated = timed(lambda: preview.solve([job]))
+        if round_ > 0:  # the first starts the children
+            ratios.append(estimated / full)
+    for one in (exact, preview):
+        one.close()
+    return Row(f"SLQ preview / full solve, D={width}", ratios)
 
 
 def together_over_one_by_one(size: Size) -> list[Row]:

@@ -17,7 +17,7 @@ from .corrections import (
 from .divergence import js_divergence
 from .eigenvalues import eigenvalues, eigenvalues_of_lower
 from .gram import Gram, ShareMoments
-from .measure import measure, measure_together
+from .measure import measure, measure_estimate, measure_together
 from .merge import Group, Share, merge
 from .moments import Moments
 from .partial import covariance_of, partial_of, partial_of_nothing, rows_of, samples_of
@@ -32,10 +32,12 @@ from .ranks import (
     utilization_index,
 )
 from .shares import entropy, variance_shares
+from .slq import Estimate, estimate
 from .triangle import block_length, block_views, lower_of, pack, trace_and_frobenius_sq, unpack
 
 __all__ = [
     "Correction",
+    "Estimate",
     "Gram",
     "Group",
     "Merged",
@@ -51,6 +53,7 @@ __all__ = [
     "eigenvalues",
     "eigenvalues_of_lower",
     "entropy",
+    "estimate",
     "hard_rank",
     "hard_rank_corrected",
     "hard_rank_from_pairs",
@@ -59,6 +62,7 @@ __all__ = [
     "js_divergence",
     "lower_of",
     "measure",
+    "measure_estimate",
     "measure_together",
     "merge",
     "pack",

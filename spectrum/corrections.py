@@ -19,6 +19,8 @@ from .shares import entropy, variance_shares
 
 CHUNK_PAIRS = 1 << 16
 """Pairs of eigenvalues in memory at a time: two buffers of 512 KiB each."""
+CHUNK_ROWS = 64
+"""At most: half of the square at the head of a block is computed for nothing."""
 TINY = 1e-300
 """Stands for 0 where 0/0 would be 1."""
 
@@ -45,6 +47,8 @@ class Sample(Protocol):
 class Merged(Protocol):
     """What a record's metrics need besides its eigenvalues; a `Group` has it, and so has a `Gram`."""
 
+    @property
+    def width(self) -> int: ...
     @property
     def finite(self) -> bool: ...
     @property
@@ -156,7 +160,7 @@ def _pair_sum(share: Tensor) -> Tensor:
     """
     share = share[share > 0]
     log_share, width = share.log(), share.shape[0]
-    rows = max(1, CHUNK_PAIRS // width)
+    rows = min(max(1, CHUNK_PAIRS // width), CHUNK_ROWS)
     total = share.new_zeros(())
     buffers = share.new_empty(2, rows * width)
     for start in range(0, width, rows):

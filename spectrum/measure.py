@@ -18,6 +18,7 @@ from .ranks import (
     soft_utilization,
     utilization_index,
 )
+from .slq import Estimate
 
 _OF_EIGENVALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "hard_rank": hard_rank,
@@ -70,6 +71,27 @@ def measure_together(groups: Sequence[Merged], eigenvalues_KD: Tensor) -> list[d
         | {"total_variance": _finite(group.total_variance)}
         for index, group in enumerate(groups)
     ]
+
+
+def measure_estimate(group: Merged, estimate: Estimate) -> dict[str, float | str | None]:
+    """`measure` of a spectrum that was estimated.
+
+    The ranks, and what is made of them, are the estimate's own, which know more than its eigenvalues do; the hard rank,
+    its correction and the total variance are exact. A correction of the soft rank would be one of an estimate: None.
+    """
+    values = measure(group, estimate.eigenvalues)
+    least = max(group.width - 1, 1)
+    hard, soft = (estimate.hard_rank - 1) / least, (estimate.soft_rank - 1) / least
+    index = 2 * hard * soft / (hard + soft) if hard + soft else 0.0
+    return values | {
+        "hard_rank": estimate.hard_rank,
+        "soft_rank": estimate.soft_rank,
+        "hard_utilization": hard,
+        "soft_utilization": soft,
+        "utilization_index": index,
+        "effective_dimension": 1 + (group.width - 1) * index,
+        "soft_rank_corrected": None,
+    }
 
 
 def _corrections(group: Merged, eigenvalues: Tensor) -> dict[str, float | str | None]:

@@ -179,12 +179,12 @@ class Group:
         tokens_K, mean_KD = self._tokens_and_means()
         return tokens_K @ mean_KD / self.tokens
 
-    def scatter(self) -> Tensor:
-        """(D, D) float64: within + Σ n_k (mean_k − mean)(mean_k − mean)ᵀ, around the mean of all tokens."""
+    def scatter(self, device: torch.device | str = "cpu") -> Tensor:
+        """(D, D) float64 on a device: within + Σ n_k (mean_k − mean)(mean_k − mean)ᵀ, around the mean of all tokens."""
         assert self.finite, "a group with a partial that is not finite has no scatter"
         assert self.tokens, "a group without tokens has no scatter"
-        matrix = unpack(self.within, self.width)
-        between_KD = self._between()
+        matrix = unpack(self.within.to(device), self.width)
+        between_KD = self._between().to(device)
         return matrix.addmm_(between_KD.T, between_KD)
 
     def lower(self, device: torch.device | str = "cpu") -> Tensor:

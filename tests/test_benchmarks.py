@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.parametrize(
     ("section", "rows"),
-    [("solver", ["eigvalsh, D=128", "Gram route / full solve", "together / one by one"])],
+    [("solver", ["eigvalsh, D=128", "Gram route / full solve", "SLQ preview", "together / one by one"])],
 )
 def test_each_section_of_the_aggregator_benchmark_prints_its_ratios(section, rows):
     command = [sys.executable, str(BENCHMARKS / "aggregator.py"), "--quick", section]

@@ -199,10 +199,38 @@ def test_jobs_that_fail_together_are_tried_one_by_one():
         ("device", "cuda:0", "device must be one of auto, cpu, cuda, got 'cuda:0'"),
         ("precision", "float16", "precision must be one of float64, float32, got 'float16'"),
         ("method", "SLQ", "method must be one of exact, slq, got 'SLQ'"),
-        ("slq_width", 0, "slq_width must be positive, got 0"),
+        ("slq_width", 255, "slq_width must be at least 256, got 255"),
         ("timeout_seconds", -1.0, "timeout_seconds must be positive, got -1.0"),
     ],
 )
 def test_what_is_not_known_is_refused(field, value, words):
     with pytest.raises(ValueError, match=words):
         SolverConfig(**{field: value})
+
+
+WIDE = 300
+SLQ = SolverConfig(device="cpu", method="slq", slq_width=256)
+
+
+@pytest.mark.parametrize(
+    ("job", "path"),
+    [
+        (job_of(tokens(900, width=WIDE)), "cpu-float64-slq"),
+        (Job(KEY, Group(width=WIDE), (as_rows(tokens(280, width=WIDE)),)), "cpu-float64-gram-slq"),
+        (Job(KEY, Group(width=WIDE), (as_rows(tokens(200, width=WIDE)),)), "cpu-float64-gram"),
+        (job_of(tokens(60)), "cpu-float64"),
+    ],
+    ids=["wide", "many rows", "few rows", "narrow"],
+)
+def test_wide_layers_are_estimated_where_it_was_asked_for_and_say_with_which_error(solver, job, path):
+    (exact,), (solved,), (again,) = solver.solve([job]), *(LocalSolver(SLQ).solve([job]) for _ in range(2))
+    assert solved.path == path
+    assert len(solved.eigenvalues) == job.group.width
+    if path.endswith("slq"):
+        off = abs(solved.metrics["soft_rank"] / exact.metrics["soft_rank"] - 1)
+        assert 0 < off <= 3 * solved.error + 1e-3
+        assert solved.metrics["hard_rank"] == pytest.approx(exact.metrics["hard_rank"], rel=1e-9)
+    else:
+        assert solved.error is None
+        assert solved.metrics == exact.metrics
+    assert again.metrics == solved.metrics, "the probes are those of the record's key"
