@@ -1,0 +1,201 @@
+"""What must be true after a storm, found out from outside: the store, the job's own notes, the counters.
+
+Every sentence that `judge` returns is a promise that was broken.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from eigenwatch.history import open_history
+
+from tests.chaos.job import EVERY, LAYERS, Line
+from tests.chaos.storm import RANKS, Storm
+
+TOLERANCE = 1e-4
+LAST_WORDS_SECONDS = 5.0
+"""What a rank saw so shortly before it was killed may have died with it."""
+
+Key = tuple[int, int]
+"""Step and layer."""
+
+
+def judge(storm: Storm) -> list[str]:
+    """The broken promises of a storm that is over."""
+    lines = [Line.read(storm.out, rank) for rank in range(RANKS)]
+    steps = max(one.step for one in lines[0]) + 1
+    problems = [f"{what} ended with exit code {code}" for what, code in storm.exit_codes.items() if code]
+    problems += _damaged_files(storm.store)
+    closed = [storm.out / f"closed-{rank}.json" for rank in range(RANKS)]
+    if missing := [path.name for path in closed if not path.exists()]:
+        return [*problems, f"not closed: {', '.join(missing)}"]
+    reports = [json.loads(path.read_text()) for path in closed]
+    with open_history(storm.store) as history:
+        rows = history.query("SELECT * FROM records").to_pylist()
+        raw = history.query(
+            "SELECT attempt, step, layer, ranks_seen, written_at FROM records_raw ORDER BY written_at"
+        ).to_pylist()
+        spectra = history.query("SELECT attempt, step, layer, eigenvalues FROM eigenvalues").to_pylist()
+        runs = history.query("SELECT attempt, launch_id, status FROM runs ORDER BY attempt").to_pylist()
+
+    attempts = {row["launch_id"]: row["attempt"] for row in runs}
+    problems += _attempts_out_of_order(attempts, lines)
+    problems += _missing(rows, attempts, lines, steps)
+    problems += _revised_for_the_worse(raw)
+    problems += _wrong(rows, spectra, storm.out)
+    problems += _other_losses(storm, lines, steps)
+    if runs and runs[-1]["status"] != "finished":
+        problems.append(f"the last attempt is {runs[-1]['status']}, not finished")
+    undelivered = sum(report["undelivered"] for report in reports)
+    holes = _holes(rows, attempts.get(lines[0][-1].launch_id), lines, steps)
+    if undelivered != holes:
+        problems.append(f"close() says that {undelivered} partials are lost, {holes} are: {reports}")
+    counted = sum(storm.losses.by_reason.values())
+    if counted < holes:
+        problems.append(f"{holes} partials are lost, {counted} counted: {dict(storm.losses.by_reason)}")
+    storm._tell(
+        f"{len(attempts)} attempts, {steps} steps, {len(rows)} records in {len(raw)} rows, counted losses "
+        f"{dict(storm.losses.by_reason)}, longest time without a step {_longest_stall(lines[0]):.1f} s"
+    )
+    return problems
+
+
+def _damaged_files(store: Path) -> list[str]:
+    problems = []
+    for file in store.rglob("*.parquet"):
+        if not file.name.startswith("."):
+            try:
+                pq.read_table(file)
+            except Exception as error:  # noqa: BLE001 - each is a finding
+                problems.append(f"{file.name} cannot be read: {error}")
+    return problems
+
+
+def _launches(lines: list[list[Line]]) -> list[str]:
+    """In the order in which they trained."""
+    ordered = sorted((one for of_rank in lines for one in of_rank), key=lambda one: one.ended_at)
+    return list(dict.fromkeys(one.launch_id for one in ordered))
+
+
+def _attempts_out_of_order(attempts: dict[str, int], lines: list[list[Line]]) -> list[str]:
+    known = [attempts[launch] for launch in _launches(lines) if launch in attempts]
+    problems = [] if known == sorted(set(known)) else [f"attempts are not numbered in the order of launches: {known}"]
+    if _launches(lines)[-1] not in attempts:
+        problems.append("the last launch is not among the runs")
+    return problems
+
+
+def _kept(lines: list[list[Line]], steps: int) -> dict[int, str]:
+    """For each sampled step the launch whose record of it is to be found, where one must be.
+
+    A launch that was killed counts up to the first sampled step of any later one, less what may have died with it.
+    """
+    kept: dict[int, str] = {}
+    last_launch = _launches(lines)[-1]
+    for launch in _launches(lines):
+        ended = [{one.step: one.ended_at for one in of_rank if one.launch_id == launch} for of_rank in lines]
+        death = max((at for of_rank in ended for at in of_rank.values()), default=0.0)
+        sampled = sorted(step for step in set(ended[0]) | set(ended[1]) if step % EVERY == 0)
+        if not sampled:
+            continue
+        kept = {step: owner for step, owner in kept.items() if step < sampled[0]}
+        for step in sampled:
+            times = [of_rank.get(step) for of_rank in ended]
+            sure = launch == last_launch or all(at is not None and at < death - LAST_WORDS_SECONDS for at in times)
+            if sure:
+                kept[step] = launch
+    return kept
+
+
+def _missing(rows: list[dict[str, Any]], attempts: dict[str, int], lines: list[list[Line]], steps: int) -> list[str]:
+    problems = []
+    found = Counter((row["step"], row["layer"]) for row in rows)
+    problems += [f"record {key} is there {times} times" for key, times in found.items() if times > 1]
+    by_key = {(row["step"], row["layer"]): row for row in rows}
+    for step, launch in _kept(lines, steps).items():
+        for layer in range(LAYERS):
+            row, attempt = by_key.get((step, layer)), attempts.get(launch)
+            where = f"step {step} layer {layer} of attempt {attempt} ({launch})"
+            if row is None:
+                problems.append(f"{where} is missing")
+            elif row["attempt"] != attempt:
+                problems.append(f"{where} is shown as of attempt {row['attempt']}")
+            elif not row["complete"] or row["ranks_seen"] != RANKS:
+                problems.append(f"{where} is incomplete: {row['ranks_seen']} of {row['ranks_expected']} ranks")
+    return problems
+
+
+def _holes(rows: list[dict[str, Any]], attempt: int | None, lines: list[list[Line]], steps: int) -> int:
+    """How many partials of the last launch are in no record."""
+    last = _launches(lines)[-1]
+    expected = LAYERS * sum(
+        1 for of_rank in lines for one in of_rank if one.launch_id == last and one.step % EVERY == 0
+    )
+    return expected - sum(row["ranks_seen"] for row in rows if row["attempt"] == attempt)
+
+
+def _revised_for_the_worse(raw: list[dict[str, Any]]) -> list[str]:
+    problems: list[str] = []
+    newest: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for row in raw:
+        key = (row["attempt"], row["step"], row["layer"])
+        before = newest.get(key)
+        if before is not None and before["written_at"] == row["written_at"]:
+            problems.append(f"{key} was written twice at {row['written_at']}: neither is the newest")
+        if before is not None and before["ranks_seen"] > row["ranks_seen"]:
+            problems.append(f"{key} had {before['ranks_seen']} ranks and was revised to {row['ranks_seen']}")
+        newest[key] = row
+    return problems
+
+
+def _wrong(rows: list[dict[str, Any]], spectra: list[dict[str, Any]], out: Path) -> list[str]:
+    """Complete records that are not what the ranks saw."""
+    problems = []
+    found = {(one["attempt"], one["step"], one["layer"]): one["eigenvalues"] for one in spectra}
+    seen: dict[int, list[dict[int, torch.Tensor]]] = {}
+    for row in rows:
+        if not row["complete"]:
+            continue
+        step, layer = row["step"], row["layer"]
+        if step not in seen:
+            seen[step] = [torch.load(out / f"activations-{step}-{rank}.pt") for rank in range(RANKS)]
+        x_ND = torch.cat([of_rank[layer] for of_rank in seen[step]]).double()
+        want_D = torch.linalg.eigvalsh(torch.cov(x_ND.T)).flip(0).clamp(min=0)
+        where = f"step {step} layer {layer} of attempt {row['attempt']}"
+        if row["tokens"] != len(x_ND):
+            problems.append(f"{where} has {row['tokens']} tokens, not {len(x_ND)}")
+        hard_rank = float(want_D.sum() ** 2 / (want_D**2).sum())
+        if abs(row["hard_rank"] / hard_rank - 1) > TOLERANCE:
+            problems.append(f"{where} has hard rank {row['hard_rank']}, not {hard_rank}")
+        spectrum = found.get((row["attempt"], step, layer))
+        if spectrum is None:
+            problems.append(f"{where} has no eigenvalues")
+            continue
+        got_D = torch.zeros_like(want_D)
+        got_D[: len(spectrum)] = torch.tensor(spectrum, dtype=torch.float64)
+        error = float((got_D - want_D).abs().max() / want_D.max())
+        if error > TOLERANCE:
+            problems.append(f"{where} has eigenvalues that are wrong by {error:.2g}")
+    return problems
+
+
+def _other_losses(storm: Storm, lines: list[list[Line]], steps: int) -> list[str]:
+    """Steps whose loss is another than without eigenwatch and without faults, to the last bit."""
+    alone = storm.out / "alone"
+    storm.train_alone(steps, alone)
+    problems = []
+    for rank, of_rank in enumerate(lines):
+        want = {one.step: one.loss for one in Line.read(alone, rank)}
+        problems += [
+            f"the loss of step {one.step} on rank {rank} is {one.loss}, without faults {want.get(one.step)}"
+            for one in of_rank
+            if one.loss != want.get(one.step)
+        ]
+    return problems[:3]
+
+
+def _longest_stall(lines: list[Line]) -> float:
+    return max((after.ended_at - before.ended_at for before, after in zip(lines, lines[1:], strict=False)), default=0.0)
