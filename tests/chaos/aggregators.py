@@ -1,7 +1,7 @@
 """The forms in which an aggregator runs beside the chaos job, and the supervisor that starts it again.
 
-cluster: `ray start --head` at a port that stays, with `eigenwatch serve --address` on it. own: `eigenwatch serve` with a
-Ray of its own. embedded: the job's rank 0 starts it.
+cluster: `ray start --head` at a port that stays, with `eigenwatch serve --address` on it. own: `eigenwatch serve` with
+a Ray of its own. embedded: the job's rank 0 starts it.
 """
 
 import contextlib

@@ -46,7 +46,7 @@ _LIKELINESS = {
     (KILL, "coordinator"): 2,
     (KILL, "solver"): 2,
     (KILL, "courier"): 2,
-    (KILL, "rank"): 1,
+    (KILL, "rank"): 2,
     (KILL, "serve"): 1,
     (STOP, "shard"): 2,
     (STOP, "coordinator"): 1,
@@ -55,7 +55,7 @@ _LIKELINESS = {
     (STOP, "rank"): 1,
     (ECHO, ""): 3,
     (FILL, ""): 2,
-    (LOSE_HEAD, ""): 1,
+    (LOSE_HEAD, ""): 2,
 }
 
 
@@ -72,5 +72,5 @@ def draw(seed: int, form: str, count: int) -> list[Fault]:
     for _ in range(count):
         action, process = draws.choices(kinds, weights)[0]
         hold = 0.0 if action == KILL else DEADLINE_SECONDS + draws.uniform(0.5, 3.0)
-        faults.append(Fault(draws.choice([1, 3, 6, 10, 20]), action, process, draws.randrange(8), hold))
+        faults.append(Fault(draws.choice([1, 2, 4, 8, 16]), action, process, draws.randrange(8), hold))
     return faults

@@ -94,7 +94,7 @@ class Storm:
         for number, fault in enumerate(self.schedule):
             self._train_on(fault.after_steps)
             self._tell(f"step {self.step()}: {number}. {fault}{self._happen(fault)}")
-        while self._undo:
+        while self._undo or self.processes("tests.chaos.echo"):
             self._train_on(1)
         self._wait(self._no_dead_spools, "the delivery of what dead launches left")
         self._train_on(2 * 2)

@@ -3,7 +3,9 @@
 Every sentence that `judge` returns is a promise that was broken.
 """
 
+import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ def judge(storm: Storm) -> list[str]:
         problems.append(f"{holes} partials are lost, {counted} counted: {dict(storm.losses.by_reason)}")
     storm._tell(
         f"{len(attempts)} attempts, {steps} steps, {len(rows)} records in {len(raw)} rows, counted losses "
-        f"{dict(storm.losses.by_reason)}, longest time without a step {_longest_stall(lines[0]):.1f} s"
+        f"{dict(storm.losses.by_reason)}, {_echoed(storm.out)} partials pushed again, longest time without a step {_longest_stall(lines[0]):.1f} s"
     )
     return problems
 
@@ -197,5 +199,10 @@ def _other_losses(storm: Storm, lines: list[list[Line]], steps: int) -> list[str
     return problems[:3]
 
 
+def _echoed(out: Path) -> int:
+    log = out / "echo.log"
+    return sum(int(number) for number in re.findall(r"^pushed (\d+)", log.read_text(), re.M)) if log.exists() else 0
+
+
 def _longest_stall(lines: list[Line]) -> float:
-    return max((after.ended_at - before.ended_at for before, after in zip(lines, lines[1:], strict=False)), default=0.0)
+    return max((after.ended_at - before.ended_at for before, after in itertools.pairwise(lines)), default=0.0)
