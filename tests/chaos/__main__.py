@@ -28,7 +28,7 @@ def main() -> None:
         try:
             with Storm(folder, seed=seed, form=form, faults=options.faults) as storm:
                 storm.run()
-                problems = judge(storm)
+                problems = judge(storm.training, storm.store, storm.exit_codes, storm.losses.by_reason)
         except Exception as error:  # noqa: BLE001 - the next seed has its turn
             problems = [f"{type(error).__name__}: {error}"]
         print(f"== seed {seed}: {len(problems)} problems, {time.monotonic() - began:.0f} s", flush=True)

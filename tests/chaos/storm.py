@@ -2,9 +2,9 @@
 
     with Storm(folder, seed=3, form="cluster") as storm:
         storm.run()
-    problems = judge(storm)      # tests.chaos.verdict
+    problems = judge(storm.training, storm.store, storm.exit_codes, storm.losses.by_reason)  # tests.chaos.verdict
 
-The storm plays the supervisor of `serve` and of Ray's head; torchrun is the supervisor of the ranks.
+The storm plays the supervisor of `serve`, of Ray's head and of the job.
 """
 
 import contextlib
@@ -23,12 +23,11 @@ from typing import Self
 from tests.chaos.aggregators import Aggregator, Embedded, OnCluster
 from tests.chaos.disk import Disk
 from tests.chaos.faults import ECHO, FILL, KILL, LOSE_HEAD, PROCESSES, STOP, Fault, draw
-from tests.chaos.job import Line
 from tests.chaos.losses import CountedLosses
+from tests.chaos.training import Training
 from tests.jobs.launch import REPOSITORY
 from tests.processes import PATIENCE_SECONDS, end_all, marked, marked_environment, wait_until
 
-RANKS = 2
 FORMS = ("cluster", "own", "embedded")
 TOKENS = (56, 12)
 """Of rank 0, in a step: many, which travel as a scatter, or few, as rows."""
@@ -47,26 +46,23 @@ class Storm:
         faults: int = 8,
         say: Callable[[str], None] = lambda line: print(line, flush=True),
     ) -> None:
-        self.out = folder / "job"
-        self.out.mkdir(parents=True)
         self.schedule = draw(seed, form, faults)
-        self.run_id = f"storm-{seed}"
-        self.tokens = TOKENS[seed % 2]
-        self.said: list[str] = []
         self._say = say
         self.marker, environment = marked_environment()
         self.spools = Path(tempfile.mkdtemp(prefix="ew-chaos-", dir="/dev/shm"))
         self.environment = environment | {"OMP_NUM_THREADS": "1", "EIGENWATCH_SPOOL": str(self.spools)}
+        self.training = Training(
+            folder / "job", self.environment, run_id=f"storm-{seed}", tokens=TOKENS[seed % len(TOKENS)]
+        )
         self.disk = Disk(folder / "disk")
         self.store = self.disk.folder / "store"
         self.aggregator: Aggregator
         if form == "embedded":
-            self.aggregator = Embedded(self.out, self.store, self.marker)
+            self.aggregator = Embedded(self.training.out, self.store, self.marker)
         else:
             self.aggregator = {"cluster": OnCluster, "own": Aggregator}[form](folder, self.store)
-        self.losses = CountedLosses(self.run_id)
+        self.losses = CountedLosses(self.training.run_id)
         self.exit_codes: dict[str, int] = {}
-        self._job: subprocess.Popen[bytes] | None = None
         self._undo: list[tuple[float, str, Callable[[], None]]] = []
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
@@ -81,6 +77,7 @@ class Storm:
         end_all(self.aggregator.marker)
         if self._watch.is_alive():
             self._watch.join(PATIENCE_SECONDS)
+        end_all(self.marker)  # what the supervisor has started meanwhile
         end_all(self.aggregator.marker)
         self.disk.unmount()
         shutil.rmtree(self.spools, ignore_errors=True)
@@ -88,49 +85,24 @@ class Storm:
     def run(self) -> None:
         """Training, faults, quiet, and the end of job and aggregator, in order."""
         self.aggregator.start()
-        self._job = self._start_job("--step-seconds", str(STEP_SECONDS), *self.aggregator.job_options())
+        self.training.start("--step-seconds", str(STEP_SECONDS), *self.aggregator.job_options())
         self._watch.start()
         self._train_on(2)
         for number, fault in enumerate(self.schedule):
             self._train_on(fault.after_steps)
-            self._tell(f"step {self.step()}: {number}. {fault}{self._happen(fault)}")
+            self._tell(f"step {self.training.step()}: {number}. {fault}{self._happen(fault)}")
         while self._undo or self.processes("tests.chaos.echo"):
             self._train_on(1)
         self._wait(self._no_dead_spools, "the delivery of what dead launches left")
         self._train_on(2 * 2)
-        self._tell(f"step {self.step()}: quiet")
-        (self.out / "go").touch()
-        self.exit_codes["job"] = self._job.wait(PATIENCE_SECONDS)
+        self._tell(f"step {self.training.step()}: quiet")
+        self.exit_codes["job"] = self.training.finish()
         self._wait(lambda: not self._couriers(), "the end of every courier")
         self._over.set()
         self._watch.join(PATIENCE_SECONDS)
         if self.aggregator.metrics_url is not None:
             self.losses.read(self.aggregator.metrics_url)
         self.exit_codes["aggregator"] = self.aggregator.close()
-
-    def train_alone(self, steps: int, out: Path) -> None:
-        """The same job without eigenwatch and without faults."""
-        out.mkdir()
-        self._start_job("--aggregator", "none", "--steps", str(steps), out=out).wait(PATIENCE_SECONDS)
-
-    def step(self) -> int:
-        """The last step that rank 0 has ended."""
-        lines = Line.read(self.out, 0)
-        return lines[-1].step if lines else -1
-
-    def _start_job(self, *options: str, out: Path | None = None) -> "subprocess.Popen[bytes]":
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-        restarts = ["--max-restarts", "50", "--monitor-interval", "0.2"]
-        job = ["-m", "tests.chaos.job", str(out or self.out), "--run-id", self.run_id, "--tokens", str(self.tokens)]
-        with ((out or self.out) / "job.log").open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, *torchrun, *restarts, *job, *options],
-                env=self.environment,
-                cwd=REPOSITORY,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
 
     # What happens
 
@@ -139,7 +111,7 @@ class Storm:
         if fault.action in (KILL, STOP):
             return self._signal(fault)
         if fault.action == ECHO:
-            with (self.out / "echo.log").open("ab") as log:
+            with (self.training.out / "echo.log").open("ab") as log:
                 command = [sys.executable, "-m", "tests.chaos.echo", str(fault.hold_seconds + 2.0), str(fault.choice)]
                 subprocess.Popen(command, env=self.environment, cwd=REPOSITORY, stdout=log, stderr=log)
         elif fault.action == FILL:
@@ -172,8 +144,8 @@ class Storm:
 
     def _train_on(self, steps: int) -> None:
         """Returns when so many more steps are done; what is to be undone meanwhile is."""
-        done = len(Line.read(self.out, 0))
-        self._wait(lambda: len(Line.read(self.out, 0)) >= done + steps, f"{steps} more steps of training")
+        done = self.training.steps_done()
+        self._wait(lambda: self.training.steps_done() >= done + steps, f"{steps} more steps of training")
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         def met() -> bool:
@@ -182,10 +154,7 @@ class Storm:
             for due in [one for one in self._undo if one[0] <= time.monotonic()]:
                 self._undo.remove(due)
                 due[2]()
-                self._tell(f"step {self.step()}: over: {due[1]}")
-            assert self._job is not None
-            if self._job.poll() not in (None, 0):
-                raise AssertionError(f"the job has failed: see {self.out / 'job.log'}")
+                self._tell(f"step {self.training.step()}: over: {due[1]}")
             return condition()
 
         wait_until(met, what)
@@ -195,7 +164,7 @@ class Storm:
 
     def _no_dead_spools(self) -> bool:
         """Whether only the living launch has spools."""
-        launches = {one.launch_id for one in Line.read(self.out, 0)[-1:]}
+        launches = {one.launch_id for one in self.training.lines()[0][-1:]}
         return all(any(launch in folder.name for launch in launches) for folder in self.spools.iterdir())
 
     def _couriers(self) -> dict[int, str]:
@@ -206,6 +175,7 @@ class Storm:
     def _supervise(self) -> None:
         while not self._over.wait(0.25):
             self._guarded(self.aggregator.supervise)
+            self._guarded(self.training.supervise)
             if self.aggregator.metrics_url is not None:
                 self.losses.read(self.aggregator.metrics_url)
 
@@ -216,7 +186,6 @@ class Storm:
             self._broken.append(error)
 
     def _tell(self, line: str) -> None:
-        self.said.append(line)
         self._say(line)
 
 

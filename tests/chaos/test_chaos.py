@@ -1,6 +1,7 @@
-"""Nothing lost, nothing twice, whatever fails: storms of a few seeds. Many more by hand: `make chaos ARGS="--seeds 20"`.
+"""Nothing lost, nothing twice, whatever fails: storms of a few seeds.
 
-A failure names its seed and prints the faults; `make chaos ARGS="--seed N"` does the same again.
+Many more by hand: `make chaos ARGS="--seeds 20"`. A failure prints its faults, and `make chaos ARGS="--seed N"` draws
+the same again.
 """
 
 import pytest
@@ -13,4 +14,4 @@ from tests.chaos.verdict import judge
 def test_after_a_storm_every_sampled_step_is_there_once_and_right(seed, form, tmp_path):
     with Storm(tmp_path, seed=seed, form=form) as storm:
         storm.run()
-        assert judge(storm) == []
+        assert judge(storm.training, storm.store, storm.exit_codes, storm.losses.by_reason) == []

@@ -15,7 +15,7 @@ import torch
 from eigenwatch.history import open_history
 
 from tests.chaos.job import EVERY, LAYERS, Line
-from tests.chaos.storm import RANKS, Storm
+from tests.chaos.training import RANKS, Training
 
 TOLERANCE = 1e-4
 LAST_WORDS_SECONDS = 5.0
@@ -25,17 +25,24 @@ Key = tuple[int, int]
 """Step and layer."""
 
 
-def judge(storm: Storm) -> list[str]:
-    """The broken promises of a storm that is over."""
-    lines = [Line.read(storm.out, rank) for rank in range(RANKS)]
+def judge(training: Training, store: Path, exit_codes: dict[str, int], counted: Counter[str] | None) -> list[str]:
+    """The promises that are broken after all has ended.
+
+    Args:
+        training: the job.
+        store: where its records are.
+        exit_codes: of what was ended in order.
+        counted: losses of the run by reason, as Prometheus saw them; None where nobody looked.
+    """
+    lines = training.lines()
     steps = max(one.step for one in lines[0]) + 1
-    problems = [f"{what} ended with exit code {code}" for what, code in storm.exit_codes.items() if code]
-    problems += _damaged_files(storm.store)
-    closed = [storm.out / f"closed-{rank}.json" for rank in range(RANKS)]
+    problems = [f"{what} ended with exit code {code}" for what, code in exit_codes.items() if code]
+    problems += _damaged_files(store)
+    closed = [training.out / f"closed-{rank}.json" for rank in range(RANKS)]
     if missing := [path.name for path in closed if not path.exists()]:
         return [*problems, f"not closed: {', '.join(missing)}"]
     reports = [json.loads(path.read_text()) for path in closed]
-    with open_history(storm.store) as history:
+    with open_history(store) as history:
         rows = history.query("SELECT * FROM records").to_pylist()
         raw = history.query(
             "SELECT attempt, step, layer, ranks_seen, written_at FROM records_raw ORDER BY written_at"
@@ -45,22 +52,23 @@ def judge(storm: Storm) -> list[str]:
 
     attempts = {row["launch_id"]: row["attempt"] for row in runs}
     problems += _attempts_out_of_order(attempts, lines)
-    problems += _missing(rows, attempts, lines, steps)
+    problems += _missing(rows, attempts, lines)
     problems += _revised_for_the_worse(raw)
-    problems += _wrong(rows, spectra, storm.out)
-    problems += _other_losses(storm, lines, steps)
+    problems += _wrong(rows, spectra, training.out)
+    problems += _other_losses(training, lines, steps)
     if runs and runs[-1]["status"] != "finished":
         problems.append(f"the last attempt is {runs[-1]['status']}, not finished")
     undelivered = sum(report["undelivered"] for report in reports)
-    holes = _holes(rows, attempts.get(lines[0][-1].launch_id), lines, steps)
+    holes = _holes(rows, attempts, lines)
     if undelivered != holes:
         problems.append(f"close() says that {undelivered} partials are lost, {holes} are: {reports}")
-    counted = sum(storm.losses.by_reason.values())
-    if counted < holes:
-        problems.append(f"{holes} partials are lost, {counted} counted: {dict(storm.losses.by_reason)}")
-    storm._tell(
-        f"{len(attempts)} attempts, {steps} steps, {len(rows)} records in {len(raw)} rows, counted losses "
-        f"{dict(storm.losses.by_reason)}, {_echoed(storm.out)} partials pushed again, longest time without a step {_longest_stall(lines[0]):.1f} s"
+    if counted is not None and sum(counted.values()) < holes:
+        problems.append(f"{holes} partials are lost, {sum(counted.values())} counted: {dict(counted)}")
+    print(
+        f"{len(attempts)} attempts, {steps} steps, {len(rows)} records in {len(raw)} rows, "
+        f"counted losses {dict(counted or {})}, {_echoed(training.out)} partials pushed again, "
+        f"longest time without a step {longest_stall(lines[0]):.1f} s",
+        flush=True,
     )
     return problems
 
@@ -90,7 +98,7 @@ def _attempts_out_of_order(attempts: dict[str, int], lines: list[list[Line]]) ->
     return problems
 
 
-def _kept(lines: list[list[Line]], steps: int) -> dict[int, str]:
+def _kept(lines: list[list[Line]]) -> dict[int, str]:
     """For each sampled step the launch whose record of it is to be found, where one must be.
 
     A launch that was killed counts up to the first sampled step of any later one, less what may have died with it.
@@ -112,12 +120,12 @@ def _kept(lines: list[list[Line]], steps: int) -> dict[int, str]:
     return kept
 
 
-def _missing(rows: list[dict[str, Any]], attempts: dict[str, int], lines: list[list[Line]], steps: int) -> list[str]:
+def _missing(rows: list[dict[str, Any]], attempts: dict[str, int], lines: list[list[Line]]) -> list[str]:
     problems = []
     found = Counter((row["step"], row["layer"]) for row in rows)
     problems += [f"record {key} is there {times} times" for key, times in found.items() if times > 1]
     by_key = {(row["step"], row["layer"]): row for row in rows}
-    for step, launch in _kept(lines, steps).items():
+    for step, launch in _kept(lines).items():
         for layer in range(LAYERS):
             row, attempt = by_key.get((step, layer)), attempts.get(launch)
             where = f"step {step} layer {layer} of attempt {attempt} ({launch})"
@@ -130,13 +138,13 @@ def _missing(rows: list[dict[str, Any]], attempts: dict[str, int], lines: list[l
     return problems
 
 
-def _holes(rows: list[dict[str, Any]], attempt: int | None, lines: list[list[Line]], steps: int) -> int:
+def _holes(rows: list[dict[str, Any]], attempts: dict[str, int], lines: list[list[Line]]) -> int:
     """How many partials of the last launch are in no record."""
     last = _launches(lines)[-1]
     expected = LAYERS * sum(
         1 for of_rank in lines for one in of_rank if one.launch_id == last and one.step % EVERY == 0
     )
-    return expected - sum(row["ranks_seen"] for row in rows if row["attempt"] == attempt)
+    return expected - sum(row["ranks_seen"] for row in rows if row["attempt"] == attempts.get(last))
 
 
 def _revised_for_the_worse(raw: list[dict[str, Any]]) -> list[str]:
@@ -184,19 +192,15 @@ def _wrong(rows: list[dict[str, Any]], spectra: list[dict[str, Any]], out: Path)
     return problems
 
 
-def _other_losses(storm: Storm, lines: list[list[Line]], steps: int) -> list[str]:
+def _other_losses(training: Training, lines: list[list[Line]], steps: int) -> list[str]:
     """Steps whose loss is another than without eigenwatch and without faults, to the last bit."""
-    alone = storm.out / "alone"
-    storm.train_alone(steps, alone)
-    problems = []
-    for rank, of_rank in enumerate(lines):
-        want = {one.step: one.loss for one in Line.read(alone, rank)}
-        problems += [
-            f"the loss of step {one.step} on rank {rank} is {one.loss}, without faults {want.get(one.step)}"
-            for one in of_rank
-            if one.loss != want.get(one.step)
-        ]
-    return problems[:3]
+    alone = training.losses_alone(steps)
+    return [
+        f"the loss of step {one.step} on rank {rank} is {one.loss}, without faults {alone[rank].get(one.step)}"
+        for rank, of_rank in enumerate(lines)
+        for one in of_rank
+        if one.loss != alone[rank].get(one.step)
+    ][:3]
 
 
 def _echoed(out: Path) -> int:
@@ -204,5 +208,6 @@ def _echoed(out: Path) -> int:
     return sum(int(number) for number in re.findall(r"^pushed (\d+)", log.read_text(), re.M)) if log.exists() else 0
 
 
-def _longest_stall(lines: list[Line]) -> float:
+def longest_stall(lines: list[Line]) -> float:
+    """The longest time, in seconds, that a rank was without ending a step."""
     return max((after.ended_at - before.ended_at for before, after in itertools.pairwise(lines)), default=0.0)
