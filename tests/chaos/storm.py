@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from eigenwatch.schemas.ray_token import token_environment
+
 from tests.chaos.aggregators import Aggregator, Embedded, OnCluster
 from tests.chaos.disk import Disk
 from tests.chaos.faults import ECHO, FILL, KILL, LOSE_HEAD, PROCESSES, STOP, Fault, draw
@@ -51,6 +53,7 @@ class Storm:
         self.marker, environment = marked_environment()
         self.spools = Path(tempfile.mkdtemp(prefix="ew-chaos-", dir="/dev/shm"))
         self.environment = environment | {"OMP_NUM_THREADS": "1", "EIGENWATCH_SPOOL": str(self.spools)}
+        self._began = time.monotonic()
         self.training = Training(
             folder / "job", self.environment, run_id=f"storm-{seed}", tokens=TOKENS[seed % len(TOKENS)]
         )
@@ -90,12 +93,12 @@ class Storm:
         self._train_on(2)
         for number, fault in enumerate(self.schedule):
             self._train_on(fault.after_steps)
-            self._tell(f"step {self.training.step()}: {number}. {fault}{self._happen(fault)}")
+            self._tell(f"{number}. {fault}{self._happen(fault)}")
         while self._undo or self.processes("tests.chaos.echo"):
             self._train_on(1)
         self._wait(self._no_dead_spools, "the delivery of what dead launches left")
         self._train_on(2 * 2)
-        self._tell(f"step {self.training.step()}: quiet")
+        self._tell("quiet")
         self.exit_codes["job"] = self.training.finish()
         self._wait(lambda: not self._couriers(), "the end of every courier")
         self._over.set()
@@ -113,7 +116,7 @@ class Storm:
         if fault.action == ECHO:
             with (self.training.out / "echo.log").open("ab") as log:
                 command = [sys.executable, "-m", "tests.chaos.echo", str(fault.hold_seconds + 2.0), str(fault.choice)]
-                subprocess.Popen(command, env=self.environment, cwd=REPOSITORY, stdout=log, stderr=log)
+                subprocess.Popen(command, env=self._driver_environment(), cwd=REPOSITORY, stdout=log, stderr=log)
         elif fault.action == FILL:
             if not self.disk.mounted:
                 return ": skipped, no tmpfs can be mounted here"
@@ -123,6 +126,10 @@ class Storm:
             self.aggregator.kill()
             self._later(fault, lambda: threading.Thread(target=self._guarded, args=(self.aggregator.start,)).start())
         return ""
+
+    def _driver_environment(self) -> dict[str, str]:
+        """Of a process that joins the cluster, as a courier does."""
+        return self.environment | token_environment(self.environment)
 
     def _signal(self, fault: Fault) -> str:
         found = sorted(self.processes(PROCESSES[fault.process]))
@@ -154,7 +161,7 @@ class Storm:
             for due in [one for one in self._undo if one[0] <= time.monotonic()]:
                 self._undo.remove(due)
                 due[2]()
-                self._tell(f"step {self.training.step()}: over: {due[1]}")
+                self._tell(f"over: {due[1]}")
             return condition()
 
         wait_until(met, what)
@@ -186,7 +193,7 @@ class Storm:
             self._broken.append(error)
 
     def _tell(self, line: str) -> None:
-        self._say(line)
+        self._say(f"{time.monotonic() - self._began:6.1f} s, step {self.training.step()}: {line}")
 
 
 def _continue(pid: int) -> None:
