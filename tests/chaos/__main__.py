@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 from tests.chaos.storm import FORMS, Storm
-from tests.chaos.verdict import judge
 
 
 def main() -> None:
@@ -28,7 +27,7 @@ def main() -> None:
         try:
             with Storm(folder, seed=seed, form=form, faults=options.faults) as storm:
                 storm.run()
-                problems = judge(storm.training, storm.store, storm.exit_codes, storm.losses.by_reason)
+                problems = storm.judged()
         except Exception as error:  # noqa: BLE001 - the next seed has its turn
             problems = [f"{type(error).__name__}: {error}"]
         print(f"== seed {seed}: {len(problems)} problems, {time.monotonic() - began:.0f} s", flush=True)

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
 
 from tests.processes import PATIENCE_SECONDS, end_all, marked, marked_environment, wait_until
 
@@ -37,6 +36,8 @@ class Aggregator:
         self.environment = environment | {"OMP_NUM_THREADS": "1"}
         self.metrics_url: str | None = None
         self.address = ""
+        self.is_up = False
+        """Whether it was started and not killed since."""
         self._folder = folder
         self._serve: subprocess.Popen[bytes] | None = None
         self._changing = threading.Lock()
@@ -47,7 +48,7 @@ class Aggregator:
 
     def start(self) -> None:
         with self._changing:
-            self._start_serve()
+            wait_until(self._serves, "an aggregator that serves")
 
     def processes(self) -> dict[int, str]:
         """Command lines by pid."""
@@ -62,37 +63,45 @@ class Aggregator:
 
     def kill(self) -> None:
         """Every process at once: `serve`, its actors, and Ray with its head."""
+        self.is_up = False
         end_all(self.marker)
         if self._serve is not None:
             self._serve.wait(30)
 
-    def supervise(self) -> None:
-        """Starts `serve` again where it has died."""
-        with self._changing:
-            if self._serve is not None and self._serve.poll() is not None:
-                self._start_serve()
+    def discard(self) -> None:
+        """Ends whatever is left of it."""
+        end_all(self.marker)
 
-    def _start_serve(self, *options: str) -> None:
+    def supervise(self) -> None:
+        """Tries to start `serve` again where it has died."""
+        with self._changing:
+            if self.is_up and self._serve is not None and self._serve.poll() is not None:
+                self._serves()
+
+    def _serves(self) -> bool:
+        """Starts `serve`; False where it ends at once."""
         command = [
             sys.executable, "-m", "eigenwatch.cli", "serve", "--json", "--store", str(self.store),
             "--metrics-port", "0", "--shards", str(SHARDS), "--deadline", str(DEADLINE_SECONDS), "--device", "cpu",
         ]  # fmt: skip
-
-        def ready() -> dict[str, Any] | None:
-            with (self._folder / "serve.log").open("ab") as log:
-                self._serve = subprocess.Popen(
-                    [*command, *options], stdout=subprocess.PIPE, stderr=log, env=self.environment
-                )
-            assert self._serve.stdout is not None
-            if not select.select([self._serve.stdout], [], [], PATIENCE_SECONDS)[0]:
-                self._serve.kill()
-            with contextlib.suppress(ValueError):
-                return dict(json.loads(self._serve.stdout.readline()))
+        with (self._folder / "serve.log").open("ab") as log:
+            self._serve = subprocess.Popen(
+                [*command, *self._options()], stdout=subprocess.PIPE, stderr=log, env=self.environment
+            )
+        assert self._serve.stdout is not None
+        if not select.select([self._serve.stdout], [], [], PATIENCE_SECONDS)[0]:
+            self._serve.kill()
+        try:
+            said = json.loads(self._serve.stdout.readline())
+        except ValueError:  # what the last one left on the cluster is still ending, or the disk is full
             self._serve.wait(30)
-            return None  # what the last one left on the cluster is still ending, or the disk is full
+            return False
+        self.address, self.metrics_url, self.is_up = said["address"], said["metrics_url"], True
+        return True
 
-        said = wait_until(ready, "an aggregator that serves")
-        self.address, self.metrics_url = said["address"], said["metrics_url"]
+    def _options(self) -> list[str]:
+        """More of them, for `serve`."""
+        return []
 
 
 class OnCluster(Aggregator):
@@ -105,9 +114,8 @@ class OnCluster(Aggregator):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        self._ray_folder = tempfile.mkdtemp(
-            prefix="ew-ray-"
-        )  # pytest's own are too long for the names of Ray's sockets
+        # pytest's own folders are too long for the names of Ray's sockets.
+        self._ray_folder = tempfile.mkdtemp(prefix="ew-ray-")
 
     def start(self) -> None:
         head = [*RAY, "start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(self._port)]
@@ -119,21 +127,14 @@ class OnCluster(Aggregator):
                 return subprocess.run(command, env=self.environment, capture_output=True, timeout=120).returncode == 0
 
             wait_until(started, "a Ray head")  # the port of the one before may be held for a moment
-            self._start_serve("--address", f"127.0.0.1:{self._port}")
+            wait_until(self._serves, "an aggregator that serves")
 
-    def supervise(self) -> None:
-        with self._changing:
-            if self._serve is not None and self._serve.poll() is not None and self._head_lives():
-                self._start_serve("--address", f"127.0.0.1:{self._port}")
+    def _options(self) -> list[str]:
+        return ["--address", f"127.0.0.1:{self._port}"]
 
-    def close(self) -> int:
-        code = super().close()
-        end_all(self.marker)
+    def discard(self) -> None:
+        super().discard()
         shutil.rmtree(self._ray_folder, ignore_errors=True)
-        return code
-
-    def _head_lives(self) -> bool:
-        return any("gcs_server" in command for command in self.processes().values())
 
 
 class Embedded(Aggregator):

@@ -14,6 +14,7 @@ from eigenwatch.agent.ray_session import RaySession, SessionError
 from eigenwatch.agent.spool import Spool, all_spool_roots, spools_in
 from eigenwatch.schemas import PartialRefused, WirePartial
 
+JOIN_SECONDS = 30.0
 DELAYS_SECONDS = ((0.0, 0.2), (0.5, 2.0), (2.0, 5.0))
 
 
@@ -49,12 +50,14 @@ class Echo:
 def main() -> None:
     seconds, draws = float(sys.argv[1]), random.Random(sys.argv[2])
     echoes: dict[Path, Echo] = {}
-    pushed, deadline = 0, time.monotonic() + seconds
+    pushed, deadline = 0, time.monotonic() + JOIN_SECONDS
     while time.monotonic() < deadline:
         for spool in spools_in(all_spool_roots()):
             try:
                 if spool.folder not in echoes and not spool.closed and not spool.lock(alone=True):  # somebody uses it
-                    echoes[spool.folder] = Echo(spool, draws)
+                    echo = Echo(spool, draws)
+                    deadline = deadline if echoes else time.monotonic() + seconds
+                    echoes[spool.folder] = echo
                 spool.unlock()
             except (ValueError, SessionError) as error:
                 print(error, flush=True)

@@ -21,6 +21,8 @@ ECHO = "echo pushes"
 FILL = "fill the disk"
 LOSE_HEAD = "kill Ray"
 """Its head, every actor and `serve`, until the supervisor starts them again."""
+SPOIL = "spoil a partial"
+"""Garbage in the place of one that waits in a spool: the one loss that there may be, and it must be counted."""
 
 
 class Fault(NamedTuple):
@@ -56,6 +58,7 @@ _LIKELINESS = {
     (ECHO, ""): 3,
     (FILL, ""): 2,
     (LOSE_HEAD, ""): 2,
+    (SPOIL, ""): 2,
 }
 
 
@@ -71,6 +74,6 @@ def draw(seed: int, form: str, count: int) -> list[Fault]:
     faults = []
     for _ in range(count):
         action, process = draws.choices(kinds, weights)[0]
-        hold = 0.0 if action == KILL else DEADLINE_SECONDS + draws.uniform(0.5, 3.0)
+        hold = 0.0 if action in (KILL, SPOIL) else DEADLINE_SECONDS + draws.uniform(0.5, 3.0)
         faults.append(Fault(draws.choice([1, 2, 4, 8, 16]), action, process, draws.randrange(8), hold))
     return faults

@@ -2,7 +2,7 @@
 
     with Storm(folder, seed=3, form="cluster") as storm:
         storm.run()
-    problems = judge(storm.training, storm.store, storm.exit_codes, storm.losses.by_reason)  # tests.chaos.verdict
+    problems = storm.judged()
 
 The storm plays the supervisor of `serve`, of Ray's head and of the job.
 """
@@ -20,13 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from eigenwatch.agent.spool import spools_in
+from eigenwatch.schemas import PartialRefused
 from eigenwatch.schemas.ray_token import token_environment
 
 from tests.chaos.aggregators import Aggregator, Embedded, OnCluster
 from tests.chaos.disk import Disk
-from tests.chaos.faults import ECHO, FILL, KILL, LOSE_HEAD, PROCESSES, STOP, Fault, draw
+from tests.chaos.faults import ECHO, FILL, KILL, LOSE_HEAD, PROCESSES, SPOIL, STOP, Fault, draw
 from tests.chaos.losses import CountedLosses
 from tests.chaos.training import Training
+from tests.chaos.verdict import judge
 from tests.jobs.launch import REPOSITORY
 from tests.processes import PATIENCE_SECONDS, end_all, marked, marked_environment, wait_until
 
@@ -66,6 +69,8 @@ class Storm:
             self.aggregator = {"cluster": OnCluster, "own": Aggregator}[form](folder, self.store)
         self.losses = CountedLosses(self.training.run_id)
         self.exit_codes: dict[str, int] = {}
+        self.spoilt: set[tuple[int, int]] = set()
+        """Step and layer of partials that the storm has taken away."""
         self._undo: list[tuple[float, str, Callable[[], None]]] = []
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._supervise, name="supervisor", daemon=True)
@@ -77,11 +82,11 @@ class Storm:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         end_all(self.marker)
-        end_all(self.aggregator.marker)
+        self.aggregator.discard()
         if self._watch.is_alive():
             self._watch.join(PATIENCE_SECONDS)
         end_all(self.marker)  # what the supervisor has started meanwhile
-        end_all(self.aggregator.marker)
+        self.aggregator.discard()
         self.disk.unmount()
         shutil.rmtree(self.spools, ignore_errors=True)
 
@@ -107,6 +112,10 @@ class Storm:
             self.losses.read(self.aggregator.metrics_url)
         self.exit_codes["aggregator"] = self.aggregator.close()
 
+    def judged(self) -> list[str]:
+        """The promises that were broken."""
+        return judge(self.training, self.store, self.exit_codes, self.losses.by_reason, self.spoilt)
+
     # What happens
 
     def _happen(self, fault: Fault) -> str:
@@ -122,7 +131,11 @@ class Storm:
                 return ": skipped, no tmpfs can be mounted here"
             self.disk.fill()
             self._later(fault, self.disk.free)
+        elif fault.action == SPOIL:
+            return self._spoil(fault.choice)
         elif fault.action == LOSE_HEAD:
+            if not self.aggregator.is_up:
+                return ": skipped, it is gone already"
             self.aggregator.kill()
             self._later(fault, lambda: threading.Thread(target=self._guarded, args=(self.aggregator.start,)).start())
         return ""
@@ -141,6 +154,18 @@ class Storm:
         if fault.action == STOP:
             self._later(fault, lambda: _continue(pid))
         return f" (pid {pid})"
+
+    def _spoil(self, choice: int) -> str:
+        waiting = [(spool, number) for spool in spools_in([self.spools]) for number in spool.numbers()]
+        for spool, number in waiting[choice % max(len(waiting), 1) :]:
+            with contextlib.suppress(FileNotFoundError, PartialRefused):
+                header = spool.read(number).header
+                garbage = spool.folder / "garbage"
+                garbage.write_bytes(b"not an Arrow file")
+                garbage.rename(spool.folder / f"{number:012d}.arrow")
+                self.spoilt.add((header["step"], header["layer"]))
+                return f": step {header['step']} layer {header['layer']} of rank {header['rank']}"
+        return ": skipped, nothing waits"
 
     def processes(self, words: str) -> dict[int, str]:
         """Of job and aggregator, those whose command line holds these words."""

@@ -7,11 +7,10 @@ the same again.
 import pytest
 
 from tests.chaos.storm import Storm
-from tests.chaos.verdict import judge
 
 
 @pytest.mark.parametrize(("seed", "form"), [(0, "cluster"), (1, "own")])
 def test_after_a_storm_every_sampled_step_is_there_once_and_right(seed, form, tmp_path):
     with Storm(tmp_path, seed=seed, form=form) as storm:
         storm.run()
-        assert judge(storm.training, storm.store, storm.exit_codes, storm.losses.by_reason) == []
+        assert storm.judged() == []
