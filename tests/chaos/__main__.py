@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.chaos.faults import draw, tokens_of
 from tests.chaos.storm import FORMS, Storm
 
 
@@ -25,7 +26,8 @@ def main() -> None:
         began = time.monotonic()
         problems = []
         try:
-            with Storm(folder, seed=seed, form=form, faults=options.faults) as storm:
+            schedule = draw(seed, form, options.faults)
+            with Storm(folder, form=form, schedule=schedule, tokens=tokens_of(seed)) as storm:
                 storm.run()
                 problems = storm.judged()
         except Exception as error:  # noqa: BLE001 - the next seed has its turn

@@ -43,6 +43,9 @@ class Fault(NamedTuple):
         return f"{self.action}{which}{held}, {self.after_steps} steps after the one before"
 
 
+TOKENS = (56, 12)
+"""Of rank 0, in a step: many, which travel as a scatter, or few, as rows."""
+
 _LIKELINESS = {
     (KILL, "shard"): 3,
     (KILL, "coordinator"): 2,
@@ -60,6 +63,11 @@ _LIKELINESS = {
     (LOSE_HEAD, ""): 2,
     (SPOIL, ""): 2,
 }
+
+
+def tokens_of(seed: int) -> int:
+    """Seeds take turns."""
+    return TOKENS[seed % len(TOKENS)]
 
 
 def draw(seed: int, form: str, count: int) -> list[Fault]:

@@ -1,8 +1,8 @@
 """A storm: one training job, one aggregator, and the faults that a seed draws, until all is quiet again.
 
-    with Storm(folder, seed=3, form="cluster") as storm:
+    with Storm(folder, form="cluster", schedule=draw(3, "cluster", 8), tokens=56) as storm:
         storm.run()
-    problems = storm.judged()
+        problems = storm.judged()
 
 The storm plays the supervisor of `serve`, of Ray's head and of the job.
 """
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +26,7 @@ from eigenwatch.schemas.ray_token import token_environment
 
 from tests.chaos.aggregators import Aggregator, Embedded, OnCluster
 from tests.chaos.disk import Disk
-from tests.chaos.faults import ECHO, FILL, KILL, LOSE_HEAD, PROCESSES, SPOIL, STOP, Fault, draw
+from tests.chaos.faults import ECHO, FILL, KILL, LOSE_HEAD, PROCESSES, SPOIL, STOP, Fault
 from tests.chaos.losses import CountedLosses
 from tests.chaos.training import Training
 from tests.chaos.verdict import judge
@@ -34,8 +34,6 @@ from tests.jobs.launch import REPOSITORY
 from tests.processes import PATIENCE_SECONDS, end_all, marked, marked_environment, wait_until
 
 FORMS = ("cluster", "own", "embedded")
-TOKENS = (56, 12)
-"""Of rank 0, in a step: many, which travel as a scatter, or few, as rows."""
 STEP_SECONDS = 0.15
 
 
@@ -46,20 +44,19 @@ class Storm:
         self,
         folder: Path,
         *,
-        seed: int,
         form: str,
-        faults: int = 8,
+        schedule: Sequence[Fault],
+        tokens: int,
         say: Callable[[str], None] = lambda line: print(line, flush=True),
     ) -> None:
-        self.schedule = draw(seed, form, faults)
+        """`form` is that of the aggregator, `tokens` those of rank 0 in a step."""
+        self.schedule = schedule
         self._say = say
         self.marker, environment = marked_environment()
         self.spools = Path(tempfile.mkdtemp(prefix="ew-chaos-", dir="/dev/shm"))
         self.environment = environment | {"OMP_NUM_THREADS": "1", "EIGENWATCH_SPOOL": str(self.spools)}
         self._began = time.monotonic()
-        self.training = Training(
-            folder / "job", self.environment, run_id=f"storm-{seed}", tokens=TOKENS[seed % len(TOKENS)]
-        )
+        self.training = Training(folder / "job", self.environment, run_id="storm", tokens=tokens)
         self.disk = Disk(folder / "disk")
         self.store = self.disk.folder / "store"
         self.aggregator: Aggregator

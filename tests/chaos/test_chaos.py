@@ -6,11 +6,12 @@ the same again.
 
 import pytest
 
+from tests.chaos.faults import draw, tokens_of
 from tests.chaos.storm import Storm
 
 
 @pytest.mark.parametrize(("seed", "form"), [(0, "cluster"), (1, "own")])
 def test_after_a_storm_every_sampled_step_is_there_once_and_right(seed, form, tmp_path):
-    with Storm(tmp_path, seed=seed, form=form) as storm:
+    with Storm(tmp_path, form=form, schedule=draw(seed, form, 8), tokens=tokens_of(seed)) as storm:
         storm.run()
         assert storm.judged() == []

@@ -5,7 +5,6 @@ Every sentence that `judge` returns is a promise that was broken.
 
 import itertools
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Set as AbstractSet
@@ -62,23 +61,24 @@ def judge(
     attempts = {row["launch_id"]: row["attempt"] for row in runs}
     problems += _attempts_out_of_order(attempts, lines)
     problems += _missing(rows, attempts, lines, spoilt)
+    holes = _holes(rows, attempts, lines)
+    lost_before = _holes_before(rows, attempts, lines)
     problems += _revised_for_the_worse(raw)
     problems += _wrong(rows, spectra, training.out)
     problems += _other_losses(training, lines, steps)
     if runs and runs[-1]["status"] != "finished":
         problems.append(f"the last attempt is {runs[-1]['status']}, not finished")
     undelivered = sum(report["undelivered"] for report in reports)
-    holes = _holes(rows, attempts, lines)
     if undelivered != holes:
         problems.append(f"close() says that {undelivered} partials are lost, {holes} are: {reports}")
-    if counted is not None:
-        alone = len(_launches(lines)) == 1  # else some may have been lost in a launch that was killed
-        if not holes <= sum(counted.values()) <= (holes if alone else math.inf):
-            problems.append(f"{holes} partials are lost, {sum(counted.values())} counted: {dict(counted)}")
+    if counted is not None and sum(counted.values()) < holes + lost_before:
+        problems.append(f"{holes + lost_before} partials are lost, but counted are {dict(counted)}")
+    if counted is not None and len(_launches(lines)) == 1 and sum(counted.values()) > holes:
+        problems.append(f"only {holes} partials are lost, but counted are {dict(counted)}")
     print(
-        f"{len(attempts)} attempts, {holes} partials lost, {steps} steps, {len(rows)} records in {len(raw)} rows, "
-        f"counted losses {dict(counted or {})}, {_echoed(training.out)} partials pushed again, "
-        f"longest time without a step {longest_stall(lines[0]):.1f} s",
+        f"{len(attempts)} attempts, {steps} steps, {len(rows)} records in {len(raw)} rows; {holes} partials lost, "
+        f"{lost_before} of launches that were killed, counted {dict(counted or {})}; {_echoed(training.out)} pushed "
+        f"again; longest time without a step {longest_stall(lines[0]):.1f} s",
         flush=True,
     )
     return problems
@@ -134,16 +134,17 @@ def _kept(lines: list[list[Line]]) -> dict[int, str]:
 def _missing(
     rows: list[dict[str, Any]], attempts: dict[str, int], lines: list[list[Line]], spoilt: AbstractSet[Key]
 ) -> list[str]:
+    """What the last launch sampled and is not there, or not complete; of any launch, what is there for another's."""
     problems = []
     found = Counter((row["step"], row["layer"]) for row in rows)
     problems += [f"record {key} is there {times} times" for key, times in found.items() if times > 1]
-    by_key = {(row["step"], row["layer"]): row for row in rows}
+    by_key, last = {(row["step"], row["layer"]): row for row in rows}, _launches(lines)[-1]
     for step, launch in _kept(lines).items():
         for layer in range(LAYERS):
             row, attempt = by_key.get((step, layer)), attempts.get(launch)
             where = f"step {step} layer {layer} of attempt {attempt} ({launch})"
-            if (step, layer) in spoilt:
-                continue
+            if (step, layer) in spoilt or (launch != last and (row is None or row["attempt"] == attempt)):
+                continue  # it must be counted: see _holes and _holes_before
             if row is None:
                 problems.append(f"{where} is missing")
             elif row["attempt"] != attempt:
@@ -160,6 +161,18 @@ def _holes(rows: list[dict[str, Any]], attempts: dict[str, int], lines: list[lis
         1 for of_rank in lines for one in of_rank if one.launch_id == last and one.step % EVERY == 0
     )
     return expected - sum(row["ranks_seen"] for row in rows if row["attempt"] == attempts.get(last))
+
+
+def _holes_before(rows: list[dict[str, Any]], attempts: dict[str, int], lines: list[list[Line]]) -> int:
+    """The same of the launches that were killed, up to the checkpoints from which the next ones went on."""
+    kept, last = _kept(lines), _launches(lines)[-1]
+    there = {(row["attempt"], row["step"], row["layer"]): row["ranks_seen"] for row in rows}
+    return sum(
+        RANKS - there.get((attempts.get(launch, -1), step, layer), 0)
+        for step, launch in kept.items()
+        for layer in range(LAYERS)
+        if launch != last
+    )
 
 
 def _revised_for_the_worse(raw: list[dict[str, Any]]) -> list[str]:
