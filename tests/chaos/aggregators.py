@@ -133,7 +133,10 @@ class OnCluster(Aggregator):
         return ["--address", f"127.0.0.1:{self._port}"]
 
     def discard(self) -> None:
+        """Its logs stay."""
         super().discard()
+        for logs in Path(self._ray_folder).glob("session_2*/logs"):
+            shutil.copytree(logs, self._folder / "ray" / logs.parent.name, dirs_exist_ok=True)
         shutil.rmtree(self._ray_folder, ignore_errors=True)
 
 

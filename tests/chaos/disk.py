@@ -1,7 +1,9 @@
 """A small disk that can be full: a tmpfs of its own below the store, which only root can mount."""
 
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 SIZE_BYTES = 64 << 20
@@ -28,5 +30,12 @@ class Disk:
         self._ballast.unlink(missing_ok=True)
 
     def unmount(self) -> None:
+        """What is on it stays in the plain folder."""
         if self.mounted:
-            subprocess.run(["umount", "--lazy", str(self.folder)], check=True, capture_output=True)
+            with tempfile.TemporaryDirectory(dir=self.folder.parent) as kept:
+                shutil.copytree(self.folder, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+                self._unmount()
+                shutil.copytree(kept, self.folder, dirs_exist_ok=True)
+
+    def _unmount(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.folder)], check=True, capture_output=True)

@@ -35,6 +35,8 @@ from tests.processes import PATIENCE_SECONDS, end_all, marked, marked_environmen
 
 FORMS = ("cluster", "own", "embedded")
 STEP_SECONDS = 0.15
+QUIET_STEPS = 20
+"""So that what was counted last is seen before the run ends, with which its counters go."""
 
 
 class Storm:
@@ -99,7 +101,7 @@ class Storm:
         while self._undo or self.processes("tests.chaos.echo"):
             self._train_on(1)
         self._wait(self._no_dead_spools, "the delivery of what dead launches left")
-        self._train_on(2 * 2)
+        self._train_on(QUIET_STEPS)
         self._tell("quiet")
         self.exit_codes["job"] = self.training.finish()
         self._wait(lambda: not self._couriers(), "the end of every courier")
