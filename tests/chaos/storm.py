@@ -94,7 +94,7 @@ class Storm:
         self.aggregator.start()
         self.training.start("--step-seconds", str(STEP_SECONDS), *self.aggregator.job_options())
         self._watch.start()
-        self._train_on(2)
+        self._wait(lambda: any(self.store.glob("*/records/*.parquet")), "the first record")
         for number, fault in enumerate(self.schedule):
             self._train_on(fault.after_steps)
             self._tell(f"{number}. {fault}{self._happen(fault)}")

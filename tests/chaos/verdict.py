@@ -68,6 +68,8 @@ def judge(
     problems += _other_losses(training, lines, steps)
     if runs and runs[-1]["status"] != "finished":
         problems.append(f"the last attempt is {runs[-1]['status']}, not finished")
+    if re.search(r"^(Import|Attribute|Type)Error", _echo_log(training.out), re.M):
+        problems.append(f"the second client does not work: see {training.out / 'echo.log'}")
     undelivered = sum(report["undelivered"] for report in reports)
     if undelivered != holes:
         problems.append(f"close() says that {undelivered} partials are lost, {holes} are: {reports}")
@@ -232,8 +234,12 @@ def _other_losses(training: Training, lines: list[list[Line]], steps: int) -> li
 
 
 def _echoed(out: Path) -> int:
+    return sum(int(number) for number in re.findall(r"^pushed (\d+)", _echo_log(out), re.M))
+
+
+def _echo_log(out: Path) -> str:
     log = out / "echo.log"
-    return sum(int(number) for number in re.findall(r"^pushed (\d+)", log.read_text(), re.M)) if log.exists() else 0
+    return log.read_text() if log.exists() else ""
 
 
 def longest_stall(lines: list[Line]) -> float:
