@@ -10,11 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-from eigenwatch.agent.ray_session import RaySession, SessionError
+import ray
+import ray.exceptions
 from eigenwatch.agent.spool import Spool, all_spool_roots, spools_in
-from eigenwatch.schemas import PartialRefused, WirePartial
+from eigenwatch.schemas import PartialRefused, RunDescription, WirePartial
+from eigenwatch.schemas.delivery import COORDINATOR, NAMESPACE, Opened
 
-JOIN_SECONDS = 30.0
+JOIN_SECONDS, CALL_SECONDS = 30.0, 10.0
 DELAYS_SECONDS = ((0.0, 0.2), (0.5, 2.0), (2.0, 5.0))
 
 
@@ -24,8 +26,7 @@ class Echo:
     def __init__(self, spool: Spool, draws: random.Random) -> None:
         self._spool, self._draws = spool, draws
         label = spool.label()
-        self._session = RaySession(label.destination.address, label.run, label.rank)
-        self._session.open()
+        self._attempt, self._owners = _joined(label.destination.address, label.run)
         self._seen: set[int] = set()
         self._due: list[tuple[float, WirePartial]] = []
 
@@ -42,9 +43,25 @@ class Echo:
         ready = [wire for due, wire in self._due if due <= now]
         self._due = [one for one in self._due if one[0] > now]
         self._draws.shuffle(ready)
-        for wire in ready:
-            self._session.push([wire])
+        answers = []
+        for header, mean, payload in ready:
+            shard = ray.get_actor(self._owners[header["layer"]], namespace=NAMESPACE)
+            answers.append(shard.push.remote(header | {"attempt": self._attempt}, mean, payload))
+        ray.get(answers, timeout=CALL_SECONDS)
         return len(ready)
+
+
+def _joined(address: str, run: RunDescription) -> Opened:
+    """What the coordinator and the shards say to whoever comes with this launch, be it its courier or not."""
+    where = Path(address).read_text() if address.startswith("/") else address
+    if not ray.is_initialized():
+        ray.init(address=where, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+    coordinator = ray.get_actor(COORDINATOR, namespace=NAMESPACE)
+    opened = Opened(*ray.get(coordinator.open_run.remote(run.to_wire()), timeout=CALL_SECONDS))
+    for name in set(opened.owners.values()):
+        shard = ray.get_actor(name, namespace=NAMESPACE)
+        ray.get(shard.open_run.remote(run.to_wire(), opened.attempt), timeout=CALL_SECONDS)
+    return opened
 
 
 def main() -> None:
@@ -59,9 +76,9 @@ def main() -> None:
                     deadline = deadline if echoes else time.monotonic() + seconds
                     echoes[spool.folder] = echo
                 spool.unlock()
-            except (ValueError, SessionError) as error:
+            except (ValueError, OSError, RuntimeError, ray.exceptions.RayError) as error:
                 print(error, flush=True)
-        with contextlib.suppress(SessionError):
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):  # a shard is starting again
             pushed += sum(echo.work() for echo in echoes.values())
         time.sleep(0.05)
     print(f"pushed {pushed} partials of {len(echoes)} spools again", flush=True)
