@@ -4,13 +4,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test setup lint bench clean tools
+.PHONY: demo test chaos setup lint bench clean tools
 
 demo: setup
 	$(BIN)/eigenwatch demo $(ARGS)
 
 test: setup tools
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# As long as asked: make chaos ARGS="--seeds 20"; the same faults again: ARGS="--seed 7".
+chaos: setup
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 setup: .venv/installed
 
