@@ -30,6 +30,9 @@ BATCH = 8
 """Records whose partials are in flight at once."""
 BATCH_BYTES = 1 << 29
 """No record is added to a batch of more than this."""
+KEPT_SECONDS = 120.0
+"""A partial in a record that was stored without some ranks is kept for so long, in case they come to a shard that has
+restarted, and knows the record but not the sum any more."""
 READ_AHEAD = 64
 """Files of one spool that are mapped at once."""
 
@@ -55,10 +58,10 @@ class _Waiting:
 class Delivery:
     """What of a launch's spools has been pushed."""
 
-    def __init__(self, session: RaySession) -> None:
+    def __init__(self, session: RaySession, kept_seconds: float = KEPT_SECONDS) -> None:
         self.stretch = 1
         """How far the aggregator asks for the cadence to be stretched."""
-        self._session = session
+        self._session, self._kept_seconds = session, kept_seconds
         self._spools: dict[int, Spool] = {}
         self._dropped: dict[int, Counter[str]] = defaultdict(Counter)
         """Partials that can never be delivered, by rank and reason."""
@@ -66,6 +69,8 @@ class Delivery:
         """What has been read and not been pushed."""
         self._waiting: OrderedDict[RecordKey, _Waiting] = OrderedDict()
         self._pushed: dict[File, RecordKey] = {}
+        self._partly: dict[File, float] = {}
+        """Files whose record is stored without some ranks, and until when they are kept."""
         self._doubtful: set[File] = set()
         """Files that may have been pushed before the session was opened."""
         self._open = False
@@ -78,7 +83,7 @@ class Delivery:
 
     def undelivered(self, rank: int) -> int:
         """Partials of a rank that are not known to be durable."""
-        return len(self._spools[rank].numbers())
+        return sum(file not in self._partly for file in self._files(rank))
 
     def work(self, losses: Mapping[int, Mapping[str, int]], waits: bool) -> bool:
         """One round: pushes a batch, asks what is durable, says that ranks live and what they have lost so far.
@@ -116,6 +121,8 @@ class Delivery:
         Raises:
             SessionError: it could not be said.
         """
+        for file in [one for one in self._partly if one.rank in clean]:
+            self._remove(file)
         self._session.finish([(rank, it_is, self._losses(rank, losses.get(rank, {}))) for rank, it_is in clean.items()])
         for rank in clean:
             self.remove(rank)
@@ -125,6 +132,7 @@ class Delivery:
         self._spools.pop(rank, None)
         self._mapped = {file: wire for file, wire in self._mapped.items() if file.rank != rank}
         self._pushed = {file: key for file, key in self._pushed.items() if file.rank != rank}
+        self._partly = {file: until for file, until in self._partly.items() if file.rank != rank}
         self._doubtful = {file for file in self._doubtful if file.rank != rank}
         for key, waiting in list(self._waiting.items()):
             waiting.files.pop(rank, None)
@@ -140,6 +148,7 @@ class Delivery:
         self._mapped.clear()
         self._waiting.clear()
         self._pushed.clear()
+        self._partly.clear()
         self._doubtful = {file for rank in self._spools for file in self._files(rank)}
 
     def _files(self, rank: int) -> list[File]:
@@ -249,7 +258,7 @@ class Delivery:
         keys = {file: self._session.key(self._mapped[file]) for file in files}
         for file, fate in self._fates(keys).items():
             self._doubtful.discard(file)
-            if fate == "held":
+            if fate in ("held", "partly"):
                 self._pushed[file] = keys[file]
             elif fate != "unknown":
                 self._end(file, keys[file], fate)
@@ -258,7 +267,12 @@ class Delivery:
 
     def _free(self) -> None:
         """Removes what is durable, and what never will be; what a shard has lost is pushed again."""
+        now = time.monotonic()
         for file, fate in self._fates(self._pushed).items():
+            if fate == "partly" and now < self._partly.setdefault(file, now + self._kept_seconds):
+                continue
+            if fate != "partly":
+                self._partly.pop(file, None)
             if fate != "held":
                 self._end(file, self._pushed.pop(file), fate)
 
@@ -270,7 +284,8 @@ class Delivery:
         return {file: fate for key, files in by_key.items() for file, fate in zip(files, fates[key], strict=True)}
 
     def _end(self, file: File, key: RecordKey, fate: Fate) -> None:
-        if fate == "durable":
+        if fate in ("durable", "partly"):
+            self._partly.pop(file, None)
             self._remove(file)
         elif fate == "dropped":
             self._drop(file, None, f"layer {key.layer} of step {key.step} was given up, see the aggregator's log")

@@ -22,7 +22,7 @@ log = logging.getLogger("eigenwatch.agent")
 
 RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits before a courier is started again, by the number of starts."""
-UNDELIVERED_SECONDS = 60.0
+UNDELIVERED_SECONDS = 150.0
 """A partial that waits longer than this for its record is worth a warning."""
 HEALTHY_SECONDS = 60.0
 """A courier that ran this long is forgiven its earlier deaths."""

@@ -116,7 +116,7 @@ class Leftovers:
 
     def _begin(self, spools: dict[int, Spool], run: RunDescription) -> None:
         self._taken, self._run = spools, run
-        self._delivery = Delivery(self._session(run))
+        self._delivery = Delivery(self._session(run), kept_seconds=0.0)
         for rank, spool in spools.items():
             self._delivery.add(rank, spool)
         self._least, self._progress_at = self._undelivered(), time.monotonic()

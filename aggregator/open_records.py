@@ -214,6 +214,11 @@ class OpenRecords:
                 if (key.run_id, key.attempt) == launch and key.layer in layers and (entry.waiting or key in self._late):
                     del entries[key]
 
+    @property
+    def held_bytes(self) -> int:
+        """Of all that is merged or waits to be written, and of what is kept for late ranks."""
+        return sum(entry.nbytes for entries in (self._open, self._late) for entry in entries.values())
+
     def _has_room(self, run_id: str, needed: int) -> bool:
         """Whether one more group may be begun. Where several runs have open records each has an equal part, so that
         none waits for the memory that another floods. What is kept for late ranks gives way."""
@@ -227,7 +232,7 @@ class OpenRecords:
         return alone and held.total() + needed <= self._memory_bytes
 
     def _forget_late(self, needed: int) -> None:
-        held = sum(entry.nbytes for entries in (self._open, self._late) for entry in entries.values())
+        held = self.held_bytes
         while self._late and held + needed > self._memory_bytes:
             _, entry = self._late.popitem(last=False)
             held -= entry.nbytes

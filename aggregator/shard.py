@@ -209,7 +209,7 @@ class Shard:
             return "held" if rank in (self._open.ranks(key) or ()) else "unknown"
         missing = self._durable.get(key)
         if missing is not None and rank not in missing:
-            return "durable"
+            return "partly" if missing else "durable"
         return "dropped" if rank in self._given_up.get(key, ()) else "unknown"
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:

@@ -8,9 +8,10 @@ COORDINATOR = "coordinator"
 """Name of the coordinator actor in `NAMESPACE`."""
 
 PushStatus = Literal["merged", "duplicate", "overlap", "durable", "dropped", "busy", "unknown_run", "refused"]
-Fate = Literal["unknown", "held", "durable", "dropped"]
-"""Of one rank's partial: unknown to the shard, and so to be pushed (again); merged; in a durable record, or in one that
-never will be."""
+Fate = Literal["unknown", "held", "partly", "durable", "dropped"]
+"""Of one rank's partial: unknown to the shard, and so to be pushed (again); merged; in a record that is stored without
+some of its ranks, and that should be kept for a while, since a shard which restarts needs it again if they come; in a
+durable record that is complete; in one that never will be stored."""
 
 
 def check_reachable(address: str, timeout_seconds: float = 5.0) -> None:

@@ -20,7 +20,8 @@ from eigenwatch.schemas import LayerDescription, Origin, PartialCovariance, Reco
 from eigenwatch.spectrum import Moments, eigenvalues, merge, partial_of
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.processes import wait_until
+from tests.conftest import start_serve, stop_serve
+from tests.processes import marked, wait_until
 
 WIDTH, RANKS = 24, 4
 
@@ -167,3 +168,34 @@ def test_a_rank_that_is_gone_is_not_waited_for(served, tmp_path):
     assert close_all(handovers) == [0, 0]
     wait_until(lambda: not couriers(tmp_path), "the end of the courier")
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_ranks_that_come_late_complete_their_record_though_the_shard_has_restarted_meanwhile(tmp_path):
+    served = start_serve(tmp_path / "store", "--deadline", "3")
+    spools = tmp_path / "spools"
+    spools.mkdir()
+    try:
+        described = run("late")
+        early = [
+            CourierHandover(Spool.create([spools], described, rank, Destination(served.address)), 1 << 30)
+            for rank in (0, 1)
+        ]
+        for rank, handover in enumerate(early):
+            handover.send(partial("late", rank))
+        wait_until(lambda: [one["ranks_missing"] for one in records(served, "late")] == [[2, 3]], "what has come")
+        for pid, command in marked(served.marker).items():
+            if command.startswith("ray::ShardActor"):
+                os.kill(pid, signal.SIGKILL)
+        late = [
+            CourierHandover(Spool.create([spools], described, rank, Destination(served.address)), 1 << 30)
+            for rank in (2, 3)
+        ]
+        for rank, handover in enumerate(late, start=2):
+            handover.send(partial("late", rank))
+        wait_until(lambda: [one["complete"] for one in records(served, "late")] == [True], "the record of all four")
+        assert close_all([*early, *late]) == [0] * RANKS
+        (record,) = records(served, "late")
+        assert (record["tokens"], record["ranks_missing"]) == (60 * RANKS, None)
+        assert counter(served, "eigenwatch_partials_dropped_total", "late") == 0
+    finally:
+        stop_serve(served)

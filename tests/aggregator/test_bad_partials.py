@@ -145,7 +145,7 @@ class _Explodes(np.ndarray):
         raise RuntimeError("an array of another make")
 
 
-@pytest.mark.parametrize("captured_at", [0.0, 1.0, 1.5e9, time.time() + 0.9 * DAY])
+@pytest.mark.parametrize("captured_at", [0.0, 1.0, 1.5e9, pytest.param(time.time() + 0.9 * DAY, id="tomorrow")])
 def test_what_was_captured_long_ago_or_by_a_clock_that_is_fast_is_taken(shard, captured_at):
     assert shard.push(HEADER | {"captured_at": captured_at}, MEAN, SCATTER).status == "merged"
 

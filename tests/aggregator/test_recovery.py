@@ -11,6 +11,7 @@ from eigenwatch.aggregator.config import ShardLimits, SolverConfig
 from eigenwatch.aggregator.recovery import series_memory, stored_alerts
 from eigenwatch.aggregator.shard import Shard
 from eigenwatch.schemas import COLLAPSE, PartialCovariance, RunDescription, table_folder
+from eigenwatch.schemas.store import open_store
 
 from tests.aggregator.test_shard import FLUSH_SECONDS, KEY, broken, layer, partial, run, stored
 from tests.spectrum.cases import partial_of
@@ -121,13 +122,17 @@ def test_the_newest_of_each_series_is_remembered_and_of_each_step_the_newest_rev
     for one in (partial(1, step=3), broken(0, step=5), partial(0, step=7, expert=3), partial(0, step=2, site="pre")):
         shard.push(*one.to_wire())
     shard.close(FLUSH_SECONDS)
-    memory = series_memory(tmp_path, "run", 0, samples=3)
+    memory = series_memory(open_store(tmp_path), "run", 0, samples=3)
     found = {(key.site, key.expert): (one.latest["step"], steps(one.judged)) for key, one in memory.items()}
     assert found == {("post", None): (5, [2, 3, 4]), ("post", 3): (7, [7]), ("pre", None): (2, [2])}
     of_both_ranks = [row["hard_rank"] for row in stored(tmp_path) if row["step"] == 3 and row["ranks_seen"] == 2]
     assert [memory[KEY.series].judged[1]["hard_rank"]] == of_both_ranks
-    assert series_memory(tmp_path, "run", 1, samples=3) == series_memory(tmp_path, "other", 0, samples=3) == {}
-    assert stored_alerts(tmp_path, "run", 0) == {}
+    assert (
+        series_memory(open_store(tmp_path), "run", 1, samples=3)
+        == series_memory(open_store(tmp_path), "other", 0, samples=3)
+        == {}
+    )
+    assert stored_alerts(open_store(tmp_path), "run", 0) == {}
 
 
 def steps(rows: list[dict[str, Any]]) -> list[int]:

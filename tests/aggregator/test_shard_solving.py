@@ -102,20 +102,20 @@ def test_rows_are_kept_in_memory_of_the_shard_and_counted(open_shard):
     limit = 8 * (WIDTH * WIDTH + WIDTH) + 1
     records = OpenRecords(NEVER, limit)
     for rank in range(2):
-        records.merge(samples(rank, FEW), 2, 0.0, "samples")
-    assert records._bytes == 2 * 4 * FEW * WIDTH
-    assert records.turned_away(KEY._replace(step=200), 0, WIDTH) == "busy"
+        records.merge(samples(rank, FEW), range(2), 0.0, "samples")
+    assert records.held_bytes == 2 * 4 * FEW * WIDTH
+    assert records.turned_away(KEY._replace(step=200), {0}, WIDTH) == "busy"
     (closed,) = records.close_due(0.0)
     assert {one.rank for one in closed.rows} == closed.ranks == {0, 1}
     records.solved(KEY)
-    assert records._bytes == 0
-    assert records.turned_away(KEY, 0, WIDTH) == "duplicate"
-    records.merge(samples(0, FEW, 200), 2, 0.0, "samples")
+    assert records.held_bytes == 4 * WIDTH, "of the spectrum, which is to be written"
+    assert records.turned_away(KEY, {0}, WIDTH) == "duplicate"
+    records.merge(samples(0, FEW, 200), range(2), 0.0, "samples")
     records.close_due(NEVER)
     records.settled(KEY._replace(step=200))
-    assert records._bytes == 4 * FEW * WIDTH, "they wait for the late rank"
+    assert records.held_bytes == 4 * WIDTH + 4 * FEW * WIDTH, "they wait for the late rank"
     records.forget({("run", 0)})
-    assert records._bytes == 0
+    assert records.held_bytes == 4 * WIDTH
 
     shard = open_shard()
     sent = samples(0, FEW)
