@@ -16,7 +16,8 @@ from tests.jobs.launch import REPOSITORY
 from tests.stacks import plain
 from tests.stacks.stacks import STACKS
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all stacks
+STEPS = int(os.environ.get("EIGENWATCH_TEST_STEPS", plain.STEPS))
+pytestmark = pytest.mark.timeout(900 + 30 * STEPS)  # the first test waits for all stacks
 RANKS = 4
 BOTH = ("post", "pre")
 
