@@ -6,6 +6,7 @@ benchmark runs, not how fast anything is.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import platform
@@ -15,18 +16,32 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import ray
 import torch
+from eigenwatch.agent.combine import combine
+from eigenwatch.aggregator.actors import ShardActor
 from eigenwatch.aggregator.config import ShardLimits, SolverConfig
 from eigenwatch.aggregator.shard import Shard
+from eigenwatch.aggregator.snapshot import Histogram
 from eigenwatch.aggregator.solver import Job
 from eigenwatch.aggregator.solver_process import SolverProcess
-from eigenwatch.schemas import LayerDescription, Origin, Partial, PartialCovariance, RecordKey, RunDescription
+from eigenwatch.schemas import (
+    LayerDescription,
+    Origin,
+    Partial,
+    PartialCovariance,
+    RecordKey,
+    RunDescription,
+    WirePartial,
+)
 from eigenwatch.spectrum import Group, Moments, partial_of, samples_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 PATIENCE_SECONDS = 600.0
+PUSHES = 8
+"""In one block."""
 CPU = SolverConfig(device="cpu", own_process=True)
 
 
@@ -48,10 +63,15 @@ class Size(NamedTuple):
     small_width: int
     small_layers: int
     slq_width: int
+    push_widths: tuple[int, ...]
+    combined_width: int
+    combined_ranks: int
 
 
-FULL = Size(rounds=9, widths=(2048, 3072), gram_width=2048, small_width=256, small_layers=96, slq_width=3072)
-QUICK = Size(rounds=3, widths=(128,), gram_width=128, small_width=32, small_layers=8, slq_width=256)
+FULL = Size(rounds=9, widths=(2048, 3072), gram_width=2048, small_width=256, small_layers=96, slq_width=3072,
+            push_widths=(3072,), combined_width=1024, combined_ranks=64)  # fmt: skip
+QUICK = Size(rounds=3, widths=(128,), gram_width=128, small_width=32, small_layers=8, slq_width=256,
+             push_widths=(256,), combined_width=64, combined_ranks=8)  # fmt: skip
 
 
 # --- solver: from a closed record to its row ---
@@ -138,9 +158,7 @@ class OneLayer:
     """A shard that serves one layer, and a stopwatch for what its worker does."""
 
     def __init__(self, store: str, run_id: str, width: int, ranks: int) -> None:
-        shares = tuple((rank,) for rank in range(ranks))
-        layer = LayerDescription(layer=0, site="post", name="h.0", width=width, shares=shares)
-        run = RunDescription(run_id=run_id, launch_id=run_id, world_size=ranks, layers=(layer,))
+        run = one_layer_run(run_id, width, ranks)
         self._run_id, self._step = run_id, 0
         self._shard = Shard(store, CPU, ShardLimits())
         self._shard.open_run(run.to_wire(), 0)
@@ -148,16 +166,29 @@ class OneLayer:
     def busy_seconds(self, partials: list[Partial]) -> float:
         """Pushes a record's partials; how long its worker was then busy with it, but for writing."""
         before = self._shard.snapshot([]).solve_seconds
-        self._step += 1
-        for one in partials:
-            header, mean, payload = one.to_wire()
-            reply = self._shard.push(header | {"run_id": self._run_id, "step": self._step}, mean, payload)
-            assert reply.status == "merged", reply
+        self._push([one.to_wire() for one in partials])
+        return self._solved_since(before)
+
+    def _solved_since(self, before: Histogram) -> float:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (now := self._shard.snapshot([]).solve_seconds).counts[-1] == before.counts[-1]:
             assert time.monotonic() < deadline, "the record was not solved"
             time.sleep(0.01)
         return now.total_seconds - before.total_seconds
+
+    def record_seconds(self, wires: list[WirePartial]) -> float:
+        """All that a record costs the shard but its file: merging what comes, and the worker."""
+        before = self._shard.snapshot([]).solve_seconds
+        started = time.perf_counter()
+        self._push(wires)
+        merged = time.perf_counter() - started
+        return merged + self._solved_since(before)
+
+    def _push(self, wires: list[WirePartial]) -> None:
+        self._step += 1
+        for header, mean, payload in wires:
+            reply = self._shard.push(header | {"run_id": self._run_id, "step": self._step}, mean, payload)
+            assert reply.status == "merged", reply
 
     def flush(self) -> None:
         assert self._shard.flush(PATIENCE_SECONDS) == 0
@@ -169,7 +200,92 @@ class OneLayer:
         self._shard.close(PATIENCE_SECONDS)
 
 
+# --- push: from a partial in a courier to its place in the sum ---
+
+
+def push(size: Size) -> list[Row]:
+    """A push to a real actor until it is merged, over `ray.put` of the same bytes by the same process."""
+    ray.init(
+        num_cpus=2, include_dashboard=False, object_store_memory=2 << 30, log_to_driver=False, logging_level="ERROR"
+    )
+    try:
+        with tempfile.TemporaryDirectory() as store:
+            return [one for width in size.push_widths for one in push_over_put(store, width, size.rounds)]
+    finally:
+        ray.shutdown()
+
+
+def push_over_put(store: str, width: int, rounds: int) -> list[Row]:
+    run = one_layer_run(f"push-{width}", width, ranks=PUSHES * (rounds + 2))  # no record is ever complete
+    limits = ShardLimits(deadline_seconds=PATIENCE_SECONDS, memory_bytes=8 << 30)
+    shard = ray.remote(ShardActor).options(max_concurrency=8, num_cpus=1).remote(store, CPU, limits)
+    ray.get(shard.open_run.remote(run.to_wire(), 0, [0], 0))
+    header, mean, payload = scatter_of(activations(2 * width, width), 0).to_wire()
+    next_rank = iter(range(PUSHES * (rounds + 2)))
+
+    def pushed() -> None:
+        rank = next(next_rank)
+        sent = header | {"run_id": run.run_id, "rank": rank, "share": rank}
+        assert ray.get(shard.push.remote(sent, mean, payload)).status == "merged"
+
+    for _ in range(PUSHES):
+        pushed()
+    ratios, rates = [], []
+    for _ in range(rounds):
+        put = statistics.median(timed(lambda: ray.put(payload)) for _ in range(PUSHES))
+        taken = statistics.median(timed(pushed) for _ in range(PUSHES))
+        ratios.append(taken / put)
+        rates.append(payload.nbytes / taken / 1e9)
+    ray.kill(shard)
+    target = "≤ 1.6" if width >= 3072 else ""
+    return [
+        Row(f"push until merged / ray.put of the same bytes, D={width}", ratios, target),
+        Row(f"… pushed and merged, GB/s, D={width}", rates),
+    ]
+
+
+# --- ranks: what more ranks on a node cost the shard ---
+
+
+def ranks(size: Size) -> list[Row]:
+    """What a record costs its shard, by the ranks whose partials the node combiner has summed; and the node."""
+    width, most = size.combined_width, size.combined_ranks
+    wires = [scatter_of(activations(2 * width, width, rank), rank).to_wire() for rank in range(most)]
+    counts = [2**power for power in range(most.bit_length())]
+    cost: dict[int, list[float]] = {count: [] for count in counts}
+    node: dict[int, list[float]] = {count: [] for count in counts}
+    with tempfile.TemporaryDirectory() as store, contextlib.ExitStack() as shards:
+        shard = {count: shards.enter_context(OneLayer(store, f"ranks-{count}", width, ranks=count)) for count in counts}
+        for round_ in range(size.rounds + 1):
+            for count in counts:
+                started = time.perf_counter()
+                (packet,) = combine(wires[:count])
+                combined = time.perf_counter() - started
+                seconds = shard[count].record_seconds([packet.wire])
+                if round_ > 0:  # the first starts the children
+                    cost[count].append(seconds)
+                    node[count].append(combined)
+    alone = cost[1]
+    rows = []
+    for count in counts:
+        share = [seconds / one for seconds, one in zip(cost[count], alone, strict=True)]
+        rows.append(Row(f"cost of a record at the shard, {count} ranks of a node / 1, D={width}", share, "≤ 1.15"))
+    rate = [1 / seconds for seconds in cost[most]]
+    summed = [most * wires[0].payload.nbytes / seconds / 1e9 for seconds in node[most]]
+    return [
+        *rows,
+        Row(f"… records per second, {most} ranks", rate),
+        Row(f"… the node's combiner, GB/s of partials summed, {most} ranks", summed),
+    ]
+
+
 # --- shared by the sections ---
+
+
+def one_layer_run(run_id: str, width: int, ranks: int) -> RunDescription:
+    shares = tuple((rank,) for rank in range(ranks))
+    layer = LayerDescription(layer=0, site="post", name="h.0", width=width, shares=shares)
+    return RunDescription(run_id=run_id, launch_id=run_id, world_size=ranks, layers=(layer,))
 
 
 def key(step: int) -> RecordKey:
@@ -198,7 +314,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-SECTIONS: dict[str, Callable[[Size], list[Row]]] = {"solver": solver}
+SECTIONS: dict[str, Callable[[Size], list[Row]]] = {"push": push, "solver": solver, "ranks": ranks}
 
 
 def main() -> None:

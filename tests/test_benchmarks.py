@@ -11,7 +11,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.parametrize(
     ("section", "rows"),
-    [("solver", ["eigvalsh, D=128", "Gram route / full solve", "SLQ preview", "together / one by one"])],
+    [
+        ("solver", ["eigvalsh, D=128", "Gram route / full solve", "SLQ preview", "together / one by one"]),
+        ("push", ["push until merged / ray.put"]),
+        ("ranks", ["8 ranks of a node / 1", "combiner, GB/s"]),
+    ],
 )
 def test_each_section_of_the_aggregator_benchmark_prints_its_ratios(section, rows):
     command = [sys.executable, str(BENCHMARKS / "aggregator.py"), "--quick", section]
@@ -25,4 +29,4 @@ def test_a_section_that_is_not_there_is_wrong_usage():
     command = [sys.executable, str(BENCHMARKS / "aggregator.py"), "nothing"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert "no section nothing: choose of solver" in done.stderr
+    assert "no section nothing: choose of push, solver, ranks" in done.stderr
