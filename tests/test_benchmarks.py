@@ -30,3 +30,14 @@ def test_a_section_that_is_not_there_is_wrong_usage():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "no section nothing: choose of push, solver, ranks" in done.stderr
+
+
+def test_the_capacity_benchmark_holds_its_model_against_real_actors():
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "capacity.py"), "--quick"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    eight_ranks = next(line for line in done.stdout.splitlines() if "8 ranks of a node" in line)
+    _, _, messages, measured, model, *_ = (cell.strip() for cell in eight_ranks.split("│"))
+    assert messages == "1"
+    assert measured == model, "what leaves a node does not depend on its ranks"
