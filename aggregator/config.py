@@ -42,9 +42,11 @@ class ShardLimits:
     """A record is stored incomplete when the last rank has not come this long after the first."""
     memory_bytes: int = 4 << 30
     """Groups being merged; beyond it couriers are told to push again later."""
+    behind_seconds: float = 30.0
+    """Where a record has waited longer for the solver its run is asked to sample less."""
 
     def __post_init__(self) -> None:
-        for name in ("deadline_seconds", "memory_bytes"):
+        for name in ("deadline_seconds", "memory_bytes", "behind_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 

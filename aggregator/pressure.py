@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BEHIND_SECONDS = 30.0
-"""A record that has waited longer for the solver is late."""
 SETTLE_SECONDS = 60.0
 """After a change, until its effect shows: it is announced ahead, and what was sampled before is still to be solved."""
 CALM_SECONDS = 300.0
@@ -31,7 +29,9 @@ class _Run:
 class Pressure:
     """What each run is asked for. Guarded by the shard's lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, behind_seconds: float) -> None:
+        """`behind_seconds`: a record that has waited longer for the solver is late."""
+        self._behind_seconds = behind_seconds
         self._runs: dict[str, _Run] = {}
 
     def stretch(self, run_id: str, behind_seconds: float, now: float) -> int:
@@ -42,10 +42,10 @@ class Pressure:
             behind_seconds: how long the oldest of its closed records has waited to be solved.
             now: on any clock, the same for all calls.
         """
-        if run_id not in self._runs and behind_seconds <= BEHIND_SECONDS:
+        if run_id not in self._runs and behind_seconds <= self._behind_seconds:
             return 1
         run = self._runs.setdefault(run_id, _Run())
-        if behind_seconds > BEHIND_SECONDS:
+        if behind_seconds > self._behind_seconds:
             run.late_at = now
             if now >= run.changed_at + SETTLE_SECONDS and run.stretch < MAX_STRETCH:
                 if run.relaxed:

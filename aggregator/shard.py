@@ -97,7 +97,7 @@ class Shard:
         self._given_up: OrderedDict[RecordKey, set[int]] = OrderedDict()
         """Ranks whose partials were dropped after they had been merged."""
         self._judge = Judge()
-        self._pressure = Pressure()
+        self._pressure = Pressure(limits.behind_seconds)
         self._latest: dict[SeriesKey, LatestRecord] = {}
         self._received: Counter[str] = Counter()
         self._messages: Counter[str] = Counter()

@@ -56,6 +56,13 @@ CHILD_NICENESS = 5
     show_default=True,
     help="Seconds without an answer after which the others take over a shard's layers.",
 )
+@click.option("--memory", default=4.0, show_default=True, help="GiB of partials that a shard merges at once.")
+@click.option(
+    "--behind",
+    default=30.0,
+    show_default=True,
+    help="Seconds that a record may wait for the solver before its run is asked to sample less.",
+)
 @click.option("--deadline", default=60.0, show_default=True, help="Seconds that a record waits for its last rank.")
 @click.option("--json", "as_json", is_flag=True, help="Say where it serves as one line of JSON.")
 @click.option("--follow-stdin", is_flag=True, hidden=True, help="End when standard input does: an embedded aggregator.")
@@ -69,6 +76,8 @@ def serve(
     precision: str,
     solver: str,
     away: float,
+    memory: float,
+    behind: float,
     deadline: float,
     as_json: bool,
     follow_stdin: bool,
@@ -94,7 +103,7 @@ def serve(
             shards=shards,
             away_seconds=away,
             solver=SolverConfig(device=device, precision=precision, method=solver, own_process=True),
-            limits=ShardLimits(deadline_seconds=deadline),
+            limits=ShardLimits(deadline_seconds=deadline, memory_bytes=int(memory * 2**30), behind_seconds=behind),
         )
     )
     stop.install()  # Ray has set handlers of its own by now
