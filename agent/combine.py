@@ -30,6 +30,8 @@ from ..schemas import (
 
 PIECE = 1 << 18
 """Numbers that are added at a time: 2 MiB of float64, which stays in the processor's cache."""
+FOLD_OPERATIONS = 1e11
+"""Σ N·D² up to which rows become a scatter here: some seconds of one processor. Beyond it the aggregator does it."""
 MOST = float(np.finfo(np.float32).max)
 
 
@@ -44,8 +46,8 @@ class Packet(NamedTuple):
 def combine(wires: Sequence[WirePartial]) -> list[Packet]:
     """Packs the partials of one record: at most one group, and beside it what is better off, or only right, alone.
 
-    Alone stay blocks of a share whose other blocks are not here, what is not finite, and rows that are together fewer
-    bytes than a scatter: these need no product here, and may spare the aggregator the scatter altogether.
+    Alone stay blocks of a share whose other blocks are not here, what is not finite, and rows whose product would take
+    this host long, or that are together fewer bytes than a scatter: these may spare the aggregator the scatter too.
 
     Args:
         wires: partials of one record, each of another rank, that have been checked.
@@ -60,7 +62,8 @@ def combine(wires: Sequence[WirePartial]) -> list[Packet]:
         if partial.width == width:
             shares[partial.share].append(partial)
     rows = [one for share in shares.values() for one in share if isinstance(one, PartialSamples)]
-    fold = bool(rows) and sum(one.nbytes for one in rows) > 4 * packed_length(width)
+    cheap = sum(one.tokens for one in rows) * width**2 <= FOLD_OPERATIONS
+    fold = bool(rows) and cheap and sum(one.nbytes for one in rows) > 4 * packed_length(width)
     chosen = []
     for share in shares.values():
         scatters = [_covariance(one) if fold else one for one in share]

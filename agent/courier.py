@@ -57,8 +57,8 @@ class Member:
     """Whether it said goodbye, rather than died."""
     deadline: float | None = None
     """Until when to deliver, as a Unix time; None while it trains."""
-    told: int = 1
-    """The stretch that it has been told."""
+    told: int | None = None
+    """The stretch that it has been told by this courier; an earlier one may have said something else."""
 
     def look(self, now: float) -> None:
         """Learns what the rank says, or that it died."""
@@ -140,7 +140,7 @@ class Courier:
 
     def _tell_stretch(self) -> None:
         for member in self._members.values():
-            if member.told != self._delivery.stretch:
+            if self._delivery.stretch is not None and member.told != self._delivery.stretch:
                 member.told = self._delivery.stretch
                 member.spool.told.write({"stretch": member.told})
 

@@ -59,8 +59,8 @@ class Delivery:
     """What of a launch's spools has been pushed."""
 
     def __init__(self, session: RaySession, kept_seconds: float = KEPT_SECONDS) -> None:
-        self.stretch = 1
-        """How far the aggregator asks for the cadence to be stretched."""
+        self.stretch: int | None = None
+        """How far the aggregator asks for the cadence to be stretched; None until it has said so."""
         self._session, self._kept_seconds = session, kept_seconds
         self._spools: dict[int, Spool] = {}
         self._dropped: dict[int, Counter[str]] = defaultdict(Counter)
@@ -108,7 +108,9 @@ class Delivery:
                 self._free()
                 self._next_poll = now + DURABILITY_SECONDS
             if losses and now >= self._next_heartbeat:
-                self._session.heartbeat({rank: self._losses(rank, of_rank) for rank, of_rank in losses.items()})
+                self.stretch = self._session.heartbeat(
+                    {rank: self._losses(rank, of_rank) for rank, of_rank in losses.items()}
+                )
                 self._next_heartbeat = now + HEARTBEAT_SECONDS
         except SessionError:
             self._open = False
@@ -166,8 +168,8 @@ class Delivery:
         replies = self._session.push([packet.wire for _, packet in packets])
         overlaps = [self._settle(key, packet, reply) for (key, packet), reply in zip(packets, replies, strict=True)]
         self._ask_about([file for files in overlaps for file in files])
-        busy = any(reply.status == "busy" for reply in replies)
-        return not busy and (unread or bool(self._ready(alive)))
+        progress = not replies or any(reply.status != "busy" for reply in replies)
+        return progress and (unread or bool(self._ready(alive)))
 
     def _read_ahead(self) -> bool:
         """Maps files that are not known yet, a bounded number; whether there are more."""
@@ -241,6 +243,8 @@ class Delivery:
             self._done_with(key, files)
         elif reply.status == "unknown_run":
             raise SessionError("the aggregator restarted and does not know this run")
+        else:  # busy: what other shards own must not wait behind it
+            self._waiting.move_to_end(key)
         return []
 
     def _done_with(self, key: RecordKey, files: Iterable[File]) -> None:
@@ -280,7 +284,7 @@ class Delivery:
         by_key: dict[RecordKey, list[File]] = defaultdict(list)
         for file, key in keys.items():
             by_key[key].append(file)
-        fates, self.stretch = self._session.fates({key: [one.rank for one in files] for key, files in by_key.items()})
+        fates = self._session.fates({key: [one.rank for one in files] for key, files in by_key.items()})
         return {file: fate for key, files in by_key.items() for file, fate in zip(files, fates[key], strict=True)}
 
     def _end(self, file: File, key: RecordKey, fate: Fate) -> None:

@@ -93,7 +93,7 @@ class EmbeddedAggregator:
         assert self._process.stdin is not None
         if not self._ready:  # it died and another is starting, which holds nothing
             self._process.kill()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # a dead one's pipe may be closed, and no other have come
             self._process.stdin.write(b"end\n")  # forked DataLoader workers may keep the pipe open
             self._process.stdin.close()
         try:

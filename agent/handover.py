@@ -61,6 +61,8 @@ class CourierHandover:
         self._embedded = embedded
         self._logs = [ChildLog(spool.folder / name) for name in ("courier.log", "courier.err")]
         self._sent = 0
+        self._sizes: dict[int, int] = {}
+        """Of what was written and may still be there."""
         self._warned = False
         self._carried = courier_lock(spool.label().run)
         self._starts = 0
@@ -79,6 +81,7 @@ class CourierHandover:
             if self.dropped["spool_error"] == 1:
                 log.warning("partials are being dropped: %s is not writable: %s", self._spool.folder, error)
             return
+        self._sizes[self._sent] = partial.nbytes
         self._sent += 1
 
     def tick(self, dropped: dict[str, int]) -> None:
@@ -119,14 +122,19 @@ class CourierHandover:
         return waiting + lost
 
     def _make_room(self, needed: int) -> None:
-        sizes = {number: self._spool.size_bytes(number) for number in self._spool.numbers()}
-        total = sum(sizes.values())
-        for number, size in sizes.items():
+        """Drops the oldest where the spool would be too large. Looks into it only where all that was ever written, but
+        for what was gone at the last look, would be too much."""
+        if sum(self._sizes.values()) + needed > self._spool_bytes:
+            there = set(self._spool.numbers())
+            self._sizes = {number: size for number, size in self._sizes.items() if number in there}
+        total = sum(self._sizes.values())
+        for number, size in list(self._sizes.items()):
             if total + needed <= self._spool_bytes:
                 return
-            self._spool.remove(number)
+            del self._sizes[number]
             total -= size
-            self.dropped["outbox_full"] += 1
+            if self._spool.remove(number):
+                self.dropped["outbox_full"] += 1
 
     def _supervise(self) -> None:
         if self._embedded is not None:

@@ -14,11 +14,19 @@ import ray.exceptions
 from numpy.typing import NDArray
 
 from ..schemas import RecordKey, RunDescription, WirePartial
-from ..schemas.delivery import COORDINATOR, NAMESPACE, Fate, Fates, Opened, PushReply, check_reachable
+from ..schemas.delivery import (
+    COORDINATOR,
+    MESSAGE_BYTES,
+    NAMESPACE,
+    OPEN_AGAIN,
+    Fate,
+    Opened,
+    PushReply,
+    check_reachable,
+)
 from .compatibility import why_not_joined
 
 CALL_SECONDS = 60.0
-MESSAGE_BYTES = 256 << 20
 
 _T = TypeVar("_T")
 
@@ -114,11 +122,10 @@ class RaySession:
 
         return self._calling(pushing)
 
-    def fates(self, asked: dict[RecordKey, list[int]]) -> tuple[dict[RecordKey, list[Fate]], int]:
-        """What became of ranks' partials: for each record, for each rank asked about; and how far the cadence is to be
-        stretched for the slowest shard."""
+    def fates(self, asked: dict[RecordKey, list[int]]) -> dict[RecordKey, list[Fate]]:
+        """What became of ranks' partials: for each record, for each rank asked about."""
 
-        def asking() -> tuple[dict[RecordKey, list[Fate]], int]:
+        def asking() -> dict[RecordKey, list[Fate]]:
             by_owner: dict[str, list[RecordKey]] = {}
             for key in asked:
                 by_owner.setdefault(self._owners[key.layer], []).append(key)
@@ -127,20 +134,18 @@ class RaySession:
                 for owner, keys in by_owner.items()
             }
             fates: dict[RecordKey, list[Fate]] = {}
-            stretch = 1
             for owner, keys in by_owner.items():
-                answer: Fates = ray.get(answers[owner], timeout=CALL_SECONDS)
-                fates |= zip(keys, answer.fates, strict=True)
-                stretch = max(stretch, answer.stretch)
-            return fates, stretch
+                fates |= zip(keys, ray.get(answers[owner], timeout=CALL_SECONDS), strict=True)
+            return fates
 
         return self._calling(asking)
 
-    def heartbeat(self, dropped: dict[int, dict[str, int]]) -> None:
-        """Says which ranks live, and what each has lost so far by reason."""
-        known = self._tell([("heartbeat", rank, losses, self._epoch) for rank, losses in dropped.items()])
-        if not all(known):
+    def heartbeat(self, dropped: dict[int, dict[str, int]]) -> int:
+        """Says which ranks live, and what each has lost so far by reason; how far the cadence is to be stretched."""
+        answers = self._tell([("heartbeat", rank, losses, self._epoch) for rank, losses in dropped.items()])
+        if OPEN_AGAIN in answers:
             raise SessionError("the coordinator does not know this run, or its layers have other owners now")
+        return max(answers)
 
     def finish(self, ranks: list[tuple[int, bool, dict[str, int]]]) -> None:
         """Says that ranks send nothing more: whether each closed (True) or died, and what it lost by reason."""

@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from ray import ObjectRef
 
-    from ..schemas.delivery import Fates, Opened, PushReply
+    from ..schemas.delivery import Fate, Opened, PushReply
     from .config import ShardLimits, SolverConfig
     from .coordinator import Counted
     from .snapshot import Launch, RunState, ShardSnapshot
+
+
+PIECES_SECONDS = 45.0
+"""Less than a courier waits for the answer."""
 
 
 class CoordinatorActor:
@@ -31,10 +35,10 @@ class CoordinatorActor:
     def open_run(self, run_wire: dict[str, Any]) -> Opened:
         return self._coordinator.open_run(run_wire)
 
-    def set_shards(self, names: list[str]) -> None:
-        self._coordinator.set_shards(names)
+    def set_shards(self, shards: dict[str, str], stretch: dict[str, int]) -> None:
+        self._coordinator.set_shards(shards, stretch)
 
-    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], epoch: int) -> bool:
+    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], epoch: int) -> int:
         return self._coordinator.heartbeat(run_id, attempt, rank, dropped, epoch)
 
     def finish(self, run_id: str, attempt: int, rank: int, clean: bool, dropped: dict[str, int]) -> None:
@@ -70,10 +74,19 @@ class ShardActor:
         import numpy
         import ray
 
-        with self._assembling:  # one at a time, so that memory is bounded
-            return self._shard.push(header, mean, numpy.concatenate(ray.get(payload)))
+        from ..schemas.delivery import MESSAGE_BYTES, PushReply
+        from ..schemas.wire import MAX_PAYLOAD_BYTES
 
-    def fates(self, asked: list[tuple[tuple[Any, ...], list[int]]]) -> Fates:
+        if len(payload) > MAX_PAYLOAD_BYTES // MESSAGE_BYTES:
+            return PushReply("refused", "too_large", f"{len(payload)} pieces, more than any payload has")
+        with self._assembling:  # one at a time, so that memory is bounded
+            try:
+                whole = numpy.concatenate(ray.get(payload, timeout=PIECES_SECONDS))
+            except (TimeoutError, MemoryError):  # their host is cut off, or there is no room
+                return PushReply("busy")
+            return self._shard.push(header, mean, whole)
+
+    def fates(self, asked: list[tuple[tuple[Any, ...], list[int]]]) -> list[list[Fate]]:
         return self._shard.fates(asked)
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:

@@ -20,10 +20,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ..schemas import RunDescription
-from ..schemas.delivery import Opened
+from ..schemas.delivery import OPEN_AGAIN, Opened
 from .launches import OpenLaunch
 from .ownership import owners
-from .recovery import StoredLaunch, captured_after, last_written, launches_under_way
+from .recovery import StoredLaunch, captured_after, last_written, launches_under_way, stored_launch
 from .snapshot import Launch, RunCounters, RunState
 from .stored import stored_attempts
 from .writer import StoreWriter, UnwritableRows
@@ -57,7 +57,9 @@ class Coordinator:
     def __init__(self, store: str, shard_names: list[str]) -> None:
         self._writer = StoreWriter(store)
         self._shard_names = shard_names
+        self._incarnations: dict[str, str] = {}
         self._epoch = _next_epoch(0)
+        self._stretch: dict[str, int] = {}
         self._launches: dict[Launch, OpenLaunch] = {}
         self._ended: deque[Launch] = deque(maxlen=REMEMBERED_ENDED)
         self._counters: dict[str, dict[str, RunCounters]] = {}
@@ -82,27 +84,33 @@ class Coordinator:
             launch.speaks()
             return Opened(launch.attempt, owners(run, self._shard_names), list(self._shard_names), self._epoch)
 
-    def set_shards(self, names: list[str]) -> None:
-        """These share the layers from now on; couriers learn it with their next heartbeat."""
-        with self._lock:
-            if names != self._shard_names:
-                self._shard_names, self._epoch = names, _next_epoch(self._epoch)
+    def set_shards(self, shards: Mapping[str, str], stretch: Mapping[str, int]) -> None:
+        """Who shares the layers from now on; couriers learn it with their next heartbeat.
 
-    def heartbeat(
-        self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], epoch: int | None = None
-    ) -> bool:
+        Args:
+            shards: incarnations by name. One that started again has to be told of every launch, as a new one has.
+            stretch: how far runs are asked to stretch their cadence, 1 where a run is not named.
+        """
+        with self._lock:
+            if shards != self._incarnations:
+                self._shard_names, self._incarnations = list(shards), dict(shards)
+                self._epoch = _next_epoch(self._epoch)
+            self._stretch = dict(stretch)
+
+    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], epoch: int | None = None) -> int:
         """A rank lives; `dropped` is what it has lost so far by reason.
 
         Returns:
-            False if the launch must be opened again: it is not known, or layers have had other owners since `epoch`.
+            how far its cadence is to be stretched; `OPEN_AGAIN` if the launch must be opened again: it is not known, or
+            layers have had other owners since `epoch`.
         """
         with self._lock:
             launch = self._launches.get((run_id, attempt))
             if launch is None:
-                return False
+                return OPEN_AGAIN
             launch.speaks()
-            launch.dropped[rank] = dropped
-            return epoch is None or epoch == self._epoch
+            launch.lost(rank, dropped)
+            return self._stretch.get(run_id, 1) if epoch is None or epoch == self._epoch else OPEN_AGAIN
 
     def finish(self, run_id: str, attempt: int, rank: int, clean: bool, dropped: dict[str, int]) -> None:
         """A rank sends nothing more: it closed (`clean`) or died. The last one ends the launch."""
@@ -111,8 +119,8 @@ class Coordinator:
             if launch is None:
                 return
             launch.speaks()
-            launch.dropped[rank] = dropped
-            launch.ended[rank] = clean
+            launch.lost(rank, dropped)
+            launch.ended.setdefault(rank, clean)  # what it said itself counts, not what is found of it later
             launch.next_row = 0.0  # a coordinator that starts again must not wait for this rank
             if len(launch.ended) == launch.run.world_size:
                 self._end(launch, "finished" if all(launch.ended.values()) else "lost")
@@ -246,12 +254,14 @@ class Coordinator:
     def _open(self, run: RunDescription) -> OpenLaunch:
         stored = launches_under_way(self._writer.store, run.run_id)
         self._take_up([one for one in stored if one.run.launch_id != run.launch_id])  # another aggregator may have them
-        launch = OpenLaunch(
-            run=run,
-            attempt=self._attempt_of(run),
-            started_at=datetime.now(UTC),
-            heard_at=time.monotonic(),
-        )
+        attempt = self._attempt_of(run)
+        before = stored_launch(self._writer.store, run.run_id, attempt)
+        if before is None:
+            launch = OpenLaunch(run=run, attempt=attempt, started_at=datetime.now(UTC), heard_at=time.monotonic())
+        else:  # it ended, and what it left comes now
+            launch = OpenLaunch.taken_up(before, 0.0)
+            launch.run, launch.heard = run, True
+            self._counters.setdefault(run.run_id, before.counters)
         self._launches[launch.key] = launch
         if launch.key in self._ended:
             self._ended.remove(launch.key)

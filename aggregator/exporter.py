@@ -34,15 +34,14 @@ class SnapshotCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         snapshot = self._newest()
         running = {(run.run_id, run.attempt) for run in snapshot.runs}
-        latest = sorted(
-            (
-                one
-                for shard in snapshot.shards
-                for one in shard.latest
-                if (one.series.run_id, one.series.attempt) in running
-            ),
-            key=lambda one: _order(one.series),  # not by when each record was written: a scrape is easier to compare
-        )
+        newest: dict[SeriesKey, LatestRecord] = {}
+        for one in (one for shard in snapshot.shards for one in shard.latest):
+            # A shard that was away may still show, for a moment, what another has taken over.
+            shown = newest.get(one.series, one)
+            if (one.series.run_id, one.series.attempt) in running:
+                newest[one.series] = max(one, shown, key=lambda record: (record.step, record.written_at))
+        # Not by when each record was written: a scrape is easier to compare.
+        latest = sorted(newest.values(), key=lambda one: _order(one.series))
         yield _gauge(names.BUILD_INFO, [(self._versions, 1.0)])
         yield _gauge(names.SNAPSHOT_TIMESTAMP, [([], snapshot.taken_at)])
         yield _gauge(
@@ -58,7 +57,7 @@ class SnapshotCollector(Collector):
         yield _gauge(names.BACKLOG_SECONDS, [([], max((one.backlog_seconds for one in snapshot.shards), default=0.0))])
         here = len(snapshot.shards) - snapshot.away
         yield _gauge(names.SHARDS, [(["here"], float(max(here, 0))), (["away"], float(snapshot.away))])
-        yield from self._alerts(snapshot, running)
+        yield from self._alerts(snapshot, newest)
         yield from self._counters(snapshot)
         empty = Histogram.empty
         for family, histograms in (
@@ -68,11 +67,12 @@ class SnapshotCollector(Collector):
             if histograms:
                 yield _histogram(family, sum(histograms, empty(histograms[0].bounds)))
 
-    def _alerts(self, snapshot: Snapshot, running: set[tuple[str, int]]) -> Iterator[Metric]:
+    def _alerts(self, snapshot: Snapshot, newest: dict[SeriesKey, LatestRecord]) -> Iterator[Metric]:
         family = GaugeMetricFamily(names.ALERT_ACTIVE.name, names.ALERT_ACTIVE.help)
         for shard in snapshot.shards:
+            shown = {one.series for one in shard.latest if newest.get(one.series) is one}
             for alert in shard.alerts:
-                if (alert.series.run_id, alert.series.attempt) in running:
+                if alert.series in shown:
                     labels = _series_labels(alert.series) | {"kind": alert.kind, "severity": alert.severity}
                     family.add_sample(family.name, labels, float(alert.firing))
         yield family

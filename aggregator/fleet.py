@@ -69,7 +69,7 @@ class Fleet:
         if not any(self._is_here(name) for name in self._owners):
             raise TimeoutError(f"none of {len(self._shards)} shards answers")
         return [
-            said if name in self._owners else said._replace(latest=[], alerts=[], backlog_seconds=0.0)
+            said if name in self._owners else said._replace(latest=[], alerts=[], backlog_seconds=0.0, stretch={})
             for name, said in self._said.items()
         ]
 
@@ -100,7 +100,12 @@ class Fleet:
         if here != self._owners:
             log.warning("layers are owned by %s%s", ", ".join(here), _and_without(set(self._shards) - set(here)))
         self._owners = here
-        ray.get(self._coordinator.set_shards.remote(here), timeout=CALL_SECONDS)  # each time: it may have restarted
+        stretch: dict[str, int] = {}
+        for said in (self._said[name] for name in here):
+            stretch |= {run: max(wanted, stretch.get(run, 1)) for run, wanted in said.stretch.items()}
+        shards = {name: self._said[name].incarnation for name in here}
+        # Each time, since the coordinator may have restarted.
+        ray.get(self._coordinator.set_shards.remote(shards, stretch), timeout=CALL_SECONDS)
 
 
 def _and_without(away: set[str]) -> str:

@@ -57,6 +57,13 @@ class OpenLaunch:
     def speaks(self) -> None:
         self.heard, self.heard_at = True, time.monotonic()
 
+    def lost(self, rank: int, dropped: dict[str, int]) -> None:
+        """Notes what a rank has lost so far, by reason. It never falls: what a dead job left is delivered by a courier
+        that does not know it."""
+        known = self.dropped.get(rank, {})
+        reasons = known.keys() | dropped.keys()
+        self.dropped[rank] = {reason: max(known.get(reason, 0), dropped.get(reason, 0)) for reason in reasons}
+
     def kept(self, counters: dict[str, RunCounters]) -> dict[str, Any]:
         return kept_columns(counters, self.dropped, self.ended)
 

@@ -11,12 +11,14 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from ..schemas import MIXED, SCATTER, Arrived, PartialSamples, RecordKey, packed_length
+from ..schemas import MIXED, SCATTER, Arrived, PartialCovariance, PartialSamples, RecordKey, packed_length
 from ..spectrum import Group
 from .snapshot import Launch
 from .solver import Job
 
 SPECTRUM_NUMBER_BYTES = 4
+CROWDED_SECONDS = 5.0
+"""Without a refusal for so long, a run no longer waits for room."""
 TurnedAway = Literal["duplicate", "overlap", "busy"]
 
 
@@ -35,7 +37,10 @@ class ClosedRecord(NamedTuple):
 
     @property
     def missing(self) -> frozenset[int]:
-        return frozenset(self.ranks_expected) - self.ranks
+        """Ranks that are not in the record: nothing has come of them, or only blocks of a share that lacks others."""
+        whole = frozenset(rank for share in self.group.finished for rank in share.rows)
+        there = whole | {one.rank for one in self.rows} if self.group.finite else self.ranks
+        return frozenset(self.ranks_expected) - there
 
     @property
     def complete(self) -> bool:
@@ -108,6 +113,13 @@ class _Open:
         self.nbytes += SPECTRUM_NUMBER_BYTES * self.group.width
 
 
+class _Crowded(NamedTuple):
+    """A run was told again and again that there is no room."""
+
+    since: float
+    until: float
+
+
 class OpenRecords:
     """Groups by key, bounded in bytes."""
 
@@ -117,6 +129,7 @@ class OpenRecords:
         self._open: OrderedDict[RecordKey, _Open] = OrderedDict()
         self._late: OrderedDict[RecordKey, _Open] = OrderedDict()
         """Closed and durable but incomplete, kept while there is room in case the rest arrives."""
+        self._crowded: dict[str, _Crowded] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -135,21 +148,34 @@ class OpenRecords:
         return None if entry is None else entry.ranks
 
     def behind_seconds(self, run_id: str, now: float) -> float:
-        """How long the oldest closed record of a run has waited to be solved; 0 where none waits."""
+        """How long the oldest closed record of a run has waited to be solved, or the run for room; 0 where it need
+        not wait."""
         waiting = (
             entry.closed_at for key, entry in self._open.items()
             if key.run_id == run_id and not entry.waiting and not entry.solved
         )  # fmt: skip
-        return now - min(waiting, default=now)
+        crowded = self._crowded.get(run_id)
+        since = crowded.since if crowded is not None and now - crowded.until <= CROWDED_SECONDS else now
+        return now - min(since, *waiting, now)
 
-    def turned_away(self, key: RecordKey, ranks: Set[int], width: int) -> TurnedAway | None:
+    def turned_away(self, arrived: Arrived, now: float) -> TurnedAway | None:
         """The answer to what cannot be merged now; None where `merge` would take it."""
+        key = arrived.key
         held = self.ranks(key)
         if held is not None:
-            if ranks & held:
-                return "duplicate" if ranks <= held else "overlap"
-            return "busy" if key in self._open and not self._open[key].waiting else None
-        return None if self._has_room(key.run_id, _group_bytes(width)) else "busy"
+            if arrived.ranks & held:
+                return "duplicate" if arrived.ranks <= held else "overlap"
+            if key in self._open and not self._open[key].waiting:
+                return "busy"
+        # A block waits beside the sum; whatever else comes to a record that is open only adds to it.
+        block = isinstance(arrived, PartialCovariance) and arrived.rows != (0, arrived.width)
+        needed = _group_bytes(arrived.width) if held is None else arrived.nbytes if block else 0
+        if not needed or self._has_room(key, needed, now):
+            return None
+        crowded = self._crowded.get(key.run_id)
+        fresh = crowded is None or now - crowded.until > CROWDED_SECONDS
+        self._crowded[key.run_id] = _Crowded(now if fresh or crowded is None else crowded.since, now)
+        return "busy"
 
     def merge(
         self, arrived: Arrived, ranks_expected: Sequence[int], now: float, form: str = SCATTER
@@ -166,7 +192,7 @@ class OpenRecords:
             ValueError: it contradicts another block of its share.
         """
         key = arrived.key
-        answer = self.turned_away(key, arrived.ranks, arrived.width)
+        answer = self.turned_away(arrived, now)
         if answer is not None:
             return answer
         entry = self._open.get(key) or self._late.get(key)
@@ -204,6 +230,8 @@ class OpenRecords:
 
     def forget(self, ended: set[Launch]) -> None:
         """Drops what is kept for late ranks of launches that have ended."""
+        for run_id in {run for run, _ in ended}:
+            self._crowded.pop(run_id, None)
         for key in [one for one in self._late if (one.run_id, one.attempt) in ended]:
             del self._late[key]
 
@@ -219,17 +247,19 @@ class OpenRecords:
         """Of all that is merged or waits to be written, and of what is kept for late ranks."""
         return sum(entry.nbytes for entries in (self._open, self._late) for entry in entries.values())
 
-    def _has_room(self, run_id: str, needed: int) -> bool:
-        """Whether one more group may be begun. Where several runs have open records each has an equal part, so that
-        none waits for the memory that another floods. What is kept for late ranks gives way."""
+    def _has_room(self, key: RecordKey, needed: int, now: float) -> bool:
+        """Whether so much more may be held. Where several runs have open records, or ask for room, each has an equal
+        part, so that none waits for the memory that another floods. What is kept for late ranks gives way."""
         held: Counter[str] = Counter()
-        for key, entry in self._open.items():
-            held[key.run_id] += entry.nbytes
-        if held.total() <= self._memory_bytes and all(entry.solved for entry in self._open.values()):
+        for other, entry in self._open.items():
+            held[other.run_id] += entry.nbytes
+        others = (entry for other, entry in self._open.items() if other != key)
+        if held.total() <= self._memory_bytes and all(entry.solved for entry in others):
             return True  # one is merged however little there is, a sibling for which a solved one waits too
-        part = self._memory_bytes // len(held.keys() | {run_id})
-        alone = not held[run_id] or held[run_id] + needed <= part
-        return alone and held.total() + needed <= self._memory_bytes
+        asking = {run for run, crowded in self._crowded.items() if now - crowded.until <= CROWDED_SECONDS}
+        part = self._memory_bytes // len(held.keys() | asking | {key.run_id})
+        its_own = not held[key.run_id] or held[key.run_id] + needed <= part
+        return its_own and held.total() + needed <= self._memory_bytes
 
     def _forget_late(self, needed: int) -> None:
         held = self.held_bytes

@@ -69,6 +69,17 @@ def launches_under_way(store: Store, run_id: str | None = None) -> list[StoredLa
     return found
 
 
+def stored_launch(store: Store, run_id: str, attempt: int) -> StoredLaunch | None:
+    """What the newest row of a launch says of it, whether it runs or has ended; None where there is none."""
+    try:
+        table = rows(store, run_id, "runs", RUNS.names, ds.field("attempt") == attempt)
+        newest = table.sort_by([("written_at", "descending")]).slice(0, 1).to_pylist()
+        return _launch(run_id, newest[0]) if newest else None
+    except (*_UNREADABLE, TypeError) as error:
+        log.error("run %s: what was counted of it is not known, its table cannot be read: %s", run_id, error)
+        return None
+
+
 def last_written(store: Store, run_id: str, attempt: int) -> datetime | None:
     """When the newest row or record of a launch was written: somebody heard of it until then at least."""
     newest = []

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ..schemas import (
     COLLAPSE,
     DATA_QUALITY,
+    GROUP,
     METRIC_NAMES,
     REFUSAL_REASONS,
     Arrived,
@@ -38,7 +39,7 @@ from ..schemas import (
     WirePartial,
     arrived_from_wire,
 )
-from ..schemas.delivery import Fate, Fates, PushReply
+from ..schemas.delivery import Fate, PushReply
 from ..spectrum import covariance_of
 from .backlog import Backlog
 from .config import ShardLimits, SolverConfig
@@ -116,6 +117,8 @@ class Shard:
         self._write_at = 0.0
         self._written_at = datetime.fromtimestamp(0, UTC)
         self._flushing = self._stopping = self._refused = False
+        self._in_work: set[tuple[RecordKey, frozenset[int]]] = set()
+        """What is on its way into a sum."""
         self._changed = threading.Condition(threading.RLock())
         self._opening = threading.Lock()
         self._worker = threading.Thread(target=self._work, name="eigenwatch-shard", daemon=True)
@@ -158,7 +161,8 @@ class Shard:
         with self._changed:
             for key, missing in stored.items():
                 if key.layer in layers:
-                    self._durable.setdefault(key, missing)
+                    self._durable[key] = min(missing, self._durable.get(key, missing), key=len)
+            self._remember_no_more()
             judged = {series: one.judged for series, one in memory.items() if series.layer in layers}
             self._judge.recall(judged, {name: row for name, row in alerts.items() if name[0].layer in layers})
             for series in judged:
@@ -190,33 +194,36 @@ class Shard:
         try:
             return self._take(arrived_from_wire(WirePartial(header, mean, payload)))
         except PartialRefused as refused:
+            if isinstance(header, dict) and header.get("form") == GROUP:  # each of its partials now comes alone
+                return PushReply("refused", refused.reason, str(refused))
             return self._refuse(header, refused.reason, str(refused))
         except Exception as error:
             log.exception("partial refused")
             return self._refuse(header, type(error).__name__, str(error))
 
-    def fates(self, asked: list[tuple[tuple[Any, ...], list[int]]]) -> Fates:
+    def fates(self, asked: list[tuple[tuple[Any, ...], list[int]]]) -> list[list[Fate]]:
         """What became of ranks' partials: for each record's key, the ranks that are asked about."""
         with self._changed:
-            records = [(RecordKey(*key), ranks) for key, ranks in asked]
-            now = time.monotonic()
-            stretch = max((self._pressure.stretch(run, self._open.behind_seconds(run, now), now)
-                           for run in {key.run_id for key, _ in records}), default=1)  # fmt: skip
-            return Fates([[self._fate(key, rank) for rank in ranks] for key, ranks in records], stretch)
+            return [[self._fate(RecordKey(*key), rank) for rank in ranks] for key, ranks in asked]
 
     def _fate(self, key: RecordKey, rank: int) -> Fate:
+        merged = self._open.ranks(key) or ()
         if key in self._open:
-            return "held" if rank in (self._open.ranks(key) or ()) else "unknown"
+            return "held" if rank in merged else "unknown"
         missing = self._durable.get(key)
         if missing is not None and rank not in missing:
             return "partly" if missing else "durable"
-        return "dropped" if rank in self._given_up.get(key, ()) else "unknown"
+        if rank in self._given_up.get(key, ()):
+            return "dropped"
+        return "held" if rank in merged else "unknown"  # merged: a block whose share still lacks others
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
         """The state for the endpoint; launches that have ended are forgotten first."""
         with self._changed:
             self._forget(set(ended))
             runs = {run for run, _ in self._runs} | set(self._received) | {run for run, _ in self._dropped}
+            now = time.monotonic()
+            behind = {run: self._open.behind_seconds(run, now) for run, _ in self._runs}
             return ShardSnapshot(
                 self.incarnation,
                 [one for series, one in self._latest.items() if self._owns(series)],
@@ -224,7 +231,8 @@ class Shard:
                 {run: self._counters(run) for run in sorted(runs)},
                 self._solve_seconds,
                 self._latency_seconds,
-                max((self._open.behind_seconds(run, time.monotonic()) for run in runs), default=0.0),
+                max(behind.values(), default=0.0),
+                {run: self._pressure.stretch(run, seconds, now) for run, seconds in behind.items()},
             )
 
     def _owns(self, series: SeriesKey) -> bool:
@@ -268,11 +276,21 @@ class Shard:
             if turned_away is not None:
                 return turned_away
             shares = self._shares_of(arrived.key)
-        # Copying rows, and their product all the more, takes time: pushes of other ranks go on meanwhile.
-        mergeable = _mergeable(arrived, shares)
-        form = arrived.forms if isinstance(arrived, PartialGroup) else arrived.form
-        with self._changed:
-            return self._turned_away(arrived) or self._merge(mergeable, form)
+            work = arrived.key, arrived.ranks
+            if work in self._in_work:  # its sender grew tired of waiting and asks again
+                return PushReply("busy")
+            self._in_work.add(work)
+        try:
+            # Copying rows, and their product all the more, takes time: pushes of other ranks go on meanwhile.
+            mergeable = _mergeable(arrived, shares)
+            form = arrived.forms if isinstance(arrived, PartialGroup) else arrived.form
+            with self._changed:
+                return self._turned_away(arrived) or self._merge(mergeable, form)
+        except MemoryError:
+            return PushReply("busy")
+        finally:
+            with self._changed:
+                self._in_work.discard(work)
 
     def _turned_away(self, arrived: Arrived) -> PushReply | None:
         """The answer to what is not to be merged; None for what is.
@@ -294,7 +312,7 @@ class Shard:
         if arrived.ranks <= self._given_up.get(key, set()):
             self._duplicated[key.run_id] += len(arrived.ranks)
             return PushReply("dropped", None, f"the record {key} was given up, see the log")
-        answer = self._open.turned_away(key, arrived.ranks, arrived.width)
+        answer = self._open.turned_away(arrived, time.monotonic())
         if answer == "duplicate":
             self._duplicated[key.run_id] += len(arrived.ranks)
         return None if answer is None else PushReply(answer)
@@ -382,7 +400,13 @@ class Shard:
         started = time.perf_counter()
         kept = [closed for closed in batch if not self._dropped_unsolved(closed)]
         jobs = [closed.job for closed in kept if solvable(closed)]
-        answers = iter(self._solver.solve(jobs) if jobs else ())
+        try:
+            answers = iter(self._solver.solve(jobs) if jobs else ())
+        except Exception as error:  # no memory, no process
+            log.exception("run %s: %d records are lost", batch[0].key.run_id, len(kept))
+            for closed in kept:
+                self._drop(closed, type(error).__name__)
+            return
         for closed in kept:
             try:
                 solved = next(answers) if solvable(closed) else unsolved()
@@ -411,7 +435,8 @@ class Shard:
         with self._changed:
             if solved.failure is not None:
                 self._dropped[(key.run_id, "unsolved")] += len(closed.ranks)
-            if record.eigenvalues is not None:  # now and not when it is written: a pair may wait, an alert need not
+            # Now and not when it is written: a pair may wait, an alert need not. What moved is judged elsewhere.
+            if record.eigenvalues is not None and self._owns(key.series):
                 record = record._replace(alerts=tuple(self._judge.judge(key, record.row)))
             self._solve_seconds = self._solve_seconds.observe(solve_seconds)
             self._join(record)

@@ -83,7 +83,9 @@ class ShardSnapshot(NamedTuple):
     """By run."""
     solve_seconds: Histogram
     latency_seconds: Histogram
-    backlog_seconds: float = 0.0
+    backlog_seconds: float
+    stretch: dict[str, int]
+    """By run: how far its cadence is to be stretched, for this shard to keep up."""
 
 
 class RunState(NamedTuple):

@@ -49,7 +49,7 @@ def record_of(closed: ClosedRecord, solved: Solved, solve_seconds: float) -> Sol
         **solved.metrics,
         "finite": closed.group.finite and solved.finite,
         "complete": closed.complete,
-        "ranks_seen": len(closed.ranks),
+        "ranks_seen": len(closed.ranks_expected) - len(closed.missing),
         "ranks_expected": len(closed.ranks_expected),
         "ranks_missing": sorted(closed.missing) or None,
         "form": closed.form,

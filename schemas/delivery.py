@@ -7,6 +7,11 @@ NAMESPACE = "eigenwatch"
 COORDINATOR = "coordinator"
 """Name of the coordinator actor in `NAMESPACE`."""
 
+MESSAGE_BYTES = 256 << 20
+"""What is larger travels in pieces."""
+OPEN_AGAIN = 0
+"""A heartbeat's answer where the launch is to be opened again; else it is the stretch of its cadence, 1 or more."""
+
 PushStatus = Literal["merged", "duplicate", "overlap", "durable", "dropped", "busy", "unknown_run", "refused"]
 Fate = Literal["unknown", "held", "partly", "durable", "dropped"]
 """Of one rank's partial: unknown to the shard, and so to be pushed (again); merged; in a record that is stored without
@@ -42,15 +47,6 @@ class PushReply(NamedTuple):
     reason: str | None = None
     """Label under which a refusal is counted."""
     message: str | None = None
-
-
-class Fates(NamedTuple):
-    """A shard's answer to "what became of these ranks' partials of these records?"."""
-
-    fates: list[list[Fate]]
-    """For each record, for each rank that was asked about."""
-    stretch: int = 1
-    """How far the shard asks the run to stretch its cadence: more than 1 where the shard falls behind."""
 
 
 class Opened(NamedTuple):

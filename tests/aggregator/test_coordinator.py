@@ -12,6 +12,7 @@ from eigenwatch.aggregator.snapshot import RunCounters
 from eigenwatch.aggregator.writer import StoreWriter
 from eigenwatch.history import open_history
 from eigenwatch.schemas import RECORDS, LayerDescription, RunDescription, table_folder
+from eigenwatch.schemas.delivery import OPEN_AGAIN
 
 SHARDS = ["shard-0", "shard-1", "shard-2"]
 LAYERS = tuple(
@@ -159,7 +160,7 @@ def test_losses_are_the_sum_over_ranks_of_what_each_said_last(coordinator):
     assert state.dropped == {"outbox_full": 5, "spool_error": 1}
     assert (state.world_size, state.layers) == (2, 5)
     coordinator.finish("run", 0, 1, True, {"outbox_full": 4})
-    assert coordinator.running()[0].dropped == {"outbox_full": 7}
+    assert coordinator.running()[0].dropped == {"outbox_full": 7, "spool_error": 1}, "it never falls"
 
 
 def test_news_of_a_launch_that_nobody_knows_is_ignored(coordinator, tmp_path):
@@ -378,17 +379,35 @@ def test_two_aggregators_on_one_store_see_that_their_jobs_use_one_run_id(coordin
 
 
 def test_a_courier_hears_with_its_heartbeat_that_layers_have_other_owners(coordinator):
+    both = {name: f"{name}, first" for name in SHARDS}
+    coordinator.set_shards(both, {})
     opened = coordinator.open_run(launch("a"))
-    assert coordinator.heartbeat("run", 0, 0, {}, opened.epoch)
-    coordinator.set_shards(list(SHARDS))
-    assert coordinator.heartbeat("run", 0, 0, {}, opened.epoch), "nothing has changed"
-    coordinator.set_shards(list(SHARDS[:1]))
-    assert not coordinator.heartbeat("run", 0, 0, {}, opened.epoch)
+    assert coordinator.heartbeat("run", 0, 0, {}, opened.epoch) == 1
+    coordinator.set_shards(dict(both), {"run": 4})
+    assert coordinator.heartbeat("run", 0, 0, {}, opened.epoch) == 4, "nothing but the stretch has changed"
+    coordinator.set_shards({SHARDS[0]: both[SHARDS[0]]}, {})
+    assert coordinator.heartbeat("run", 0, 0, {}, opened.epoch) == OPEN_AGAIN
     again = coordinator.open_run(launch("a"))
     assert again.attempt == opened.attempt
     assert again.epoch > opened.epoch
     assert (set(again.owners.values()), again.shards) == ({SHARDS[0]}, [SHARDS[0]])
-    assert coordinator.heartbeat("run", 0, 0, {}, again.epoch)
+    assert coordinator.heartbeat("run", 0, 0, {}, again.epoch) == 1
+    coordinator.set_shards({SHARDS[0]: "second"}, {})
+    assert coordinator.heartbeat("run", 0, 0, {}, again.epoch) == OPEN_AGAIN, "it started again, and knows no launch"
+
+
+def test_a_launch_whose_leftovers_come_after_its_end_keeps_what_was_counted_and_how_it_ended(coordinator, tmp_path):
+    coordinator.open_run(launch("a"))
+    coordinator.heartbeat("run", 0, 0, {"outbox_full": 12})
+    (running_row,) = [row for row in rows(tmp_path) if row["status"] == "running"][:1]
+    finish(coordinator, clean=False)
+    assert rows(tmp_path)[-1]["status"] == "lost"
+    coordinator.open_run(launch("a"))
+    coordinator.heartbeat("run", 0, 0, {})
+    finish(coordinator, clean=True)
+    last = rows(tmp_path)[-1]
+    assert (last["status"], last["dropped"]) == ("lost", [("outbox_full", 12)])
+    assert last["started_at"] == running_row["started_at"]
 
 
 def test_the_ownership_of_a_coordinator_that_starts_again_is_newer(coordinator, tmp_path):

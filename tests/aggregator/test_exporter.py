@@ -40,7 +40,7 @@ def shard(*latest: LatestRecord, alerts: tuple[Alert, ...] = (), **counters: Run
     solve, latency = Histogram.empty(SOLVE_BOUNDS), Histogram.empty(LATENCY_BOUNDS)
     for seconds in SECONDS:
         solve, latency = solve.observe(seconds), latency.observe(seconds)
-    return ShardSnapshot("incarnation", list(latest), list(alerts), counters, solve, latency)
+    return ShardSnapshot("incarnation", list(latest), list(alerts), counters, solve, latency, 2.5, {})
 
 
 def series(layer: int, run: str = "run", attempt: int = 1, site: str = "post", expert: int | None = None) -> SeriesKey:

@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from eigenwatch.agent.combine import combine
 from eigenwatch.aggregator.open_records import ClosedRecord, OpenRecords
-from eigenwatch.schemas import PartialCovariance, RecordKey
+from eigenwatch.schemas import PartialCovariance, RecordKey, arrived_from_wire
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -312,15 +313,19 @@ def test_who_would_be_turned_away_can_be_asked_before_and_changes_nothing():
     records = OpenRecords(DEADLINE, 2 * GROUP_BYTES)
     for step in (1, 2):
         records.merge(partial(0, step=step), range(2), 0.0)
+
+    def away(rank: int, step: int) -> str | None:
+        return records.turned_away(partial(rank, step=step), 0.0)
+
     first, second = (KEY._replace(step=step) for step in (1, 2))
-    assert records.turned_away(first, {0}, WIDTH) == "duplicate"
-    assert records.turned_away(first, {1}, WIDTH) is None
-    assert records.turned_away(KEY, {0}, WIDTH) == "busy"
+    assert away(0, first.step) == "duplicate"
+    assert away(1, first.step) is None
+    assert away(0, KEY.step) == "busy"
     for closed in records.close_due(DEADLINE):
-        assert records.turned_away(closed.key, {1}, WIDTH) == "busy"
+        assert away(1, closed.key.step) == "busy"
         records.settled(closed.key)
-    assert records.turned_away(KEY, {0}, WIDTH) is None, "late ones would give way"
-    assert records.turned_away(first, {0}, WIDTH) == records.turned_away(second, {0}, WIDTH) == "duplicate"
+    assert away(0, KEY.step) is None, "late ones would give way"
+    assert away(0, first.step) == away(0, second.step) == "duplicate"
 
 
 events = st.lists(
@@ -376,3 +381,58 @@ def test_a_run_that_floods_leaves_another_its_part_of_the_memory():
     assert records.merge(partial(0, run_id="other"), range(1), 0.0) == "merged"
     assert records.merge(partial(0, step=5), range(1), 0.0) == "busy", "it has its half, and the other may want its own"
     assert records.merge(partial(0, step=6, run_id="other"), range(1), 0.0) == "merged"
+
+
+def test_a_run_that_has_nothing_open_yet_gets_its_part_of_the_memory_too():
+    records = OpenRecords(DEADLINE, 4 * GROUP_BYTES)
+    for step in (1, 2, 3, 4):
+        records.merge(partial(0, step=step), range(1), 0.0)
+    assert records.merge(partial(0, run_id="other"), range(1), 0.0) == "busy"
+    records.close_due(0.0)
+    records.settled(KEY._replace(step=1))
+    assert records.merge(partial(0, step=5), range(1), 1.0) == "busy", "another run asks for what is free now"
+    assert records.merge(partial(0, run_id="other"), range(1), 1.0) == "merged"
+
+
+def test_a_run_that_waits_for_room_is_behind_as_one_that_waits_for_the_solver():
+    records = OpenRecords(DEADLINE, GROUP_BYTES)
+    records.merge(partial(0), range(2), 0.0)
+    for now in (1.0, 4.0, 8.0):
+        assert records.merge(partial(0, step=200), range(2), now) == "busy"
+        assert records.behind_seconds("run", now) == now - 1.0
+    assert records.behind_seconds("run", 30.0) == 0.0, "nobody has asked any more"
+    records.close_due(DEADLINE)
+    assert records.behind_seconds("run", DEADLINE + 3.0) == 3.0
+
+
+def test_blocks_whose_shares_lack_others_do_not_grow_beyond_the_memory():
+    shares = [blocks_of(partial(4 * share), [4 * share + rank for rank in range(2)]) for share in range(9)]
+    records = OpenRecords(DEADLINE, 3 * GROUP_BYTES)
+    ranks_expected = [one.rank for share in shares for one in share]
+    records.merge(partial(0, step=300), range(2), 0.0)
+    answers = [records.merge(first, ranks_expected, 0.0) for first, _ in shares]
+    assert "busy" in answers
+    assert records.held_bytes <= 3 * GROUP_BYTES
+
+
+def test_a_group_of_which_some_ranks_are_there_is_told_and_not_merged():
+    records = OpenRecords(DEADLINE, 1 << 20)
+    records.merge(partial(0), range(3), 0.0)
+    group = arrived_from_wire(combine([partial(rank).to_wire() for rank in (0, 1)])[0].wire)
+    assert records.merge(group, range(3), 0.0) == "overlap"
+    assert records.ranks(KEY) == {0}
+    other = arrived_from_wire(combine([partial(rank).to_wire() for rank in (1, 2)])[0].wire)
+    assert records.merge(other, range(3), 0.0) == "merged"
+    assert records.merge(group, range(3), 0.0) == "duplicate"
+    (closed,) = records.close_due(0.0)
+    whole = two_pass_covariance(torch.cat([rows(rank) for rank in range(3)]))
+    torch.testing.assert_close(closed.group.covariance(), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_whose_share_lacks_others_are_not_in_the_record():
+    upper, _ = blocks_of(partial(1), [1, 2])
+    records = OpenRecords(DEADLINE, 1 << 20)
+    records.merge(partial(0), range(3), 0.0)
+    records.merge(upper, range(3), 0.0)
+    (closed,) = records.close_due(DEADLINE)
+    assert closed.missing == {1, 2}

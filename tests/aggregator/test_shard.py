@@ -95,7 +95,7 @@ def stored(store: Path, table: str = "records", run_id: str = "run") -> list[dic
 
 
 def fates(shard: Shard, *keys: RecordKey, rank: int = 0) -> list[str]:
-    return [fate for (fate,) in shard.fates([(tuple(key), [rank]) for key in keys or (KEY,)]).fates]
+    return [fate for (fate,) in shard.fates([(tuple(key), [rank]) for key in keys or (KEY,)])]
 
 
 def durable(shard: Shard, *keys: RecordKey) -> list[bool]:

@@ -104,12 +104,12 @@ def test_rows_are_kept_in_memory_of_the_shard_and_counted(open_shard):
     for rank in range(2):
         records.merge(samples(rank, FEW), range(2), 0.0, "samples")
     assert records.held_bytes == 2 * 4 * FEW * WIDTH
-    assert records.turned_away(KEY._replace(step=200), {0}, WIDTH) == "busy"
+    assert records.turned_away(samples(0, FEW, 200), 0.0) == "busy"
     (closed,) = records.close_due(0.0)
     assert {one.rank for one in closed.rows} == closed.ranks == {0, 1}
     records.solved(KEY)
     assert records.held_bytes == 4 * WIDTH, "of the spectrum, which is to be written"
-    assert records.turned_away(KEY, {0}, WIDTH) == "duplicate"
+    assert records.turned_away(samples(0, FEW), 0.0) == "duplicate"
     records.merge(samples(0, FEW, 200), range(2), 0.0, "samples")
     records.close_due(NEVER)
     records.settled(KEY._replace(step=200))
