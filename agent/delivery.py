@@ -51,6 +51,8 @@ class _Waiting:
     since: float
     files: dict[int, File] = field(default_factory=dict)
     """By rank."""
+    sent: set[int] = field(default_factory=set)
+    """Ranks of which the aggregator has it already."""
     apart: bool = False
     """The group was refused: each rank's partial is now judged alone."""
 
@@ -209,7 +211,7 @@ class Delivery:
         """Records to push now, the oldest first: every rank has come that may, or has been waited for long enough."""
         now, ready, size = time.monotonic(), list[RecordKey](), 0
         for key, waiting in self._waiting.items():
-            awaited = alive & self._session.ranks(key)
+            awaited = (alive & self._session.ranks(key)) - waiting.sent
             if awaited <= waiting.files.keys() or now >= waiting.since + COMBINE_SECONDS:
                 size += sum(self._mapped[file].payload.nbytes for file in waiting.files.values())
                 ready.append(key)
@@ -252,6 +254,7 @@ class Delivery:
         for file in files:
             del waiting.files[file.rank]
             del self._mapped[file]
+            waiting.sent.add(file.rank)
         if not waiting.files:
             del self._waiting[key]
 
