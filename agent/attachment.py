@@ -194,7 +194,7 @@ def _watches(
     if every is not None and schedule is not None:
         raise ValueError("every and schedule exclude each other: write schedule=Schedule(every=…)")
     if watch is not None:
-        if given or sites != ("post",):
+        if given or list(_iterable("sites", sites)) != ["post"]:
             raise ValueError(f"watch takes the place of {', '.join(given) or 'sites'}: say it inside of Watch(…)")
         watches = list(_iterable("watch", watch))
         if not watches:

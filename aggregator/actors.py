@@ -63,7 +63,7 @@ class ShardActor:
         self._shard = Shard(store, solver, limits)
         self._assembling = threading.Lock()
 
-    def open_run(self, run_wire: dict[str, Any], attempt: int, owned: list[int], epoch: int) -> None:
+    def open_run(self, run_wire: dict[str, Any], attempt: int, owned: list[int] | None = None, epoch: int = 0) -> None:
         self._shard.open_run(run_wire, attempt, owned, epoch)
 
     def push(

@@ -26,7 +26,7 @@ class Echo:
     def __init__(self, spool: Spool, draws: random.Random) -> None:
         self._spool, self._draws = spool, draws
         label = spool.label()
-        self._attempt, self._owners = _joined(label.destination.address, label.run)
+        self._attempt, self._owners, *_ = _joined(label.destination.address, label.run)
         self._seen: set[int] = set()
         self._due: list[tuple[float, WirePartial]] = []
 
@@ -58,9 +58,10 @@ def _joined(address: str, run: RunDescription) -> Opened:
         ray.init(address=where, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     coordinator = ray.get_actor(COORDINATOR, namespace=NAMESPACE)
     opened = Opened(*ray.get(coordinator.open_run.remote(run.to_wire()), timeout=CALL_SECONDS))
-    for name in set(opened.owners.values()):
+    for name in opened.shards:
         shard = ray.get_actor(name, namespace=NAMESPACE)
-        ray.get(shard.open_run.remote(run.to_wire(), opened.attempt), timeout=CALL_SECONDS)
+        owned = [layer for layer, owner in opened.owners.items() if owner == name]
+        ray.get(shard.open_run.remote(run.to_wire(), opened.attempt, owned, opened.epoch), timeout=CALL_SECONDS)
     return opened
 
 
