@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..schemas import PartialRefused, RecordKey, WirePartial
+from ..schemas import PartialRefused, RecordKey, SeriesKey, WirePartial
 from ..schemas.delivery import Fate, PushReply
 from .combine import Packet, combine
 from .ray_session import RaySession, SessionError
@@ -26,6 +26,8 @@ DURABILITY_SECONDS = 0.5
 HEARTBEAT_SECONDS = 2.0
 COMBINE_SECONDS = 2.0
 """How long the first partial of a record waits for those of the host's other ranks."""
+BUSY_SECONDS = 0.2
+"""After which a shard that had no room is asked again."""
 BATCH = 8
 """Records whose partials are in flight at once."""
 BATCH_BYTES = 1 << 29
@@ -34,7 +36,9 @@ KEPT_SECONDS = 120.0
 """A partial in a record that was stored without some ranks is kept for so long, in case they come to a shard that has
 restarted, and knows the record but not the sum any more."""
 READ_AHEAD = 64
-"""Files of one spool that are mapped at once."""
+"""Files of one spool that are mapped at once, and that no shard has refused for lack of room."""
+MAPPED = 1024
+"""The same, those included."""
 
 
 class File(NamedTuple):
@@ -53,6 +57,8 @@ class _Waiting:
     """By rank."""
     sent: set[int] = field(default_factory=set)
     """Ranks of which the aggregator has it already."""
+    not_before: float = 0.0
+    """The shard had no room."""
     apart: bool = False
     """The group was refused: each rank's partial is now judged alone."""
 
@@ -170,8 +176,8 @@ class Delivery:
         replies = self._session.push([packet.wire for _, packet in packets])
         overlaps = [self._settle(key, packet, reply) for (key, packet), reply in zip(packets, replies, strict=True)]
         self._ask_about([file for files in overlaps for file in files])
-        progress = not replies or any(reply.status != "busy" for reply in replies)
-        return progress and (unread or bool(self._ready(alive)))
+        progress = any(reply.status != "busy" for reply in replies)
+        return bool(self._ready(alive)) or (unread and progress)
 
     def _read_ahead(self) -> bool:
         """Maps files that are not known yet, a bounded number; whether there are more."""
@@ -179,10 +185,11 @@ class Delivery:
         unread = False
         for rank in self._spools:
             mapped = {file for file in self._mapped if file.rank == rank}
+            held_up = sum(bool(waiting.not_before) and rank in waiting.files for waiting in self._waiting.values())
             for file in self._files(rank):
                 if file in mapped or file in self._pushed:
                     continue
-                if len(mapped) >= READ_AHEAD:
+                if len(mapped) >= min(READ_AHEAD + held_up, MAPPED):
                     unread = True
                     break
                 try:
@@ -208,11 +215,19 @@ class Delivery:
         return wire
 
     def _ready(self, alive: set[int]) -> list[RecordKey]:
-        """Records to push now, the oldest first: every rank has come that may, or has been waited for long enough."""
+        """Records to push now, the oldest first: every rank has come that may, or has been waited for long enough.
+
+        One of each series, so that steps of a layer come in their order, as whoever judges them would have it.
+        """
         now, ready, size = time.monotonic(), list[RecordKey](), 0
+        seen: set[SeriesKey] = set()
         for key, waiting in self._waiting.items():
+            if key.series in seen:
+                continue
+            seen.add(key.series)
             awaited = (alive & self._session.ranks(key)) - waiting.sent
-            if awaited <= waiting.files.keys() or now >= waiting.since + COMBINE_SECONDS:
+            come = awaited <= waiting.files.keys() or now >= waiting.since + COMBINE_SECONDS
+            if come and now >= waiting.not_before:
                 size += sum(self._mapped[file].payload.nbytes for file in waiting.files.values())
                 ready.append(key)
             if len(ready) == BATCH or size >= BATCH_BYTES:
@@ -245,8 +260,8 @@ class Delivery:
             self._done_with(key, files)
         elif reply.status == "unknown_run":
             raise SessionError("the aggregator restarted and does not know this run")
-        else:  # busy: what other shards own must not wait behind it
-            self._waiting.move_to_end(key)
+        else:  # busy: what other shards own does not wait behind it
+            waiting.not_before = time.monotonic() + BUSY_SECONDS
         return []
 
     def _done_with(self, key: RecordKey, files: Iterable[File]) -> None:

@@ -38,7 +38,7 @@ class CoordinatorActor:
     def set_shards(self, shards: dict[str, str], stretch: dict[str, int]) -> None:
         self._coordinator.set_shards(shards, stretch)
 
-    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], epoch: int) -> int:
+    def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], epoch: int | None = None) -> int:
         return self._coordinator.heartbeat(run_id, attempt, rank, dropped, epoch)
 
     def finish(self, run_id: str, attempt: int, rank: int, clean: bool, dropped: dict[str, int]) -> None:
