@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     ("section", "rows"),
     [
         ("solver", ["eigvalsh, D=128", "Gram route / full solve", "SLQ preview", "together / one by one"]),
-        ("push", ["push until merged / ray.put"]),
+        ("push", ["push until merged, 8 in flight / ray.put"]),
         ("ranks", ["8 ranks of a node / 1", "combiner, GB/s"]),
     ],
 )
