@@ -145,7 +145,8 @@ class RaySession:
         answers = self._tell([("heartbeat", rank, losses, self._epoch) for rank, losses in dropped.items()])
         if OPEN_AGAIN in answers:
             raise SessionError("the coordinator does not know this run, or its layers have other owners now")
-        return max(answers)
+        stretch: int = max(answers)
+        return stretch
 
     def finish(self, ranks: list[tuple[int, bool, dict[str, int]]]) -> None:
         """Says that ranks send nothing more: whether each closed (True) or died, and what it lost by reason."""
