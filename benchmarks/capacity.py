@@ -28,7 +28,7 @@ from rich.table import Table
 CPU = SolverConfig(device="cpu", own_process=True)
 LIMITS = ShardLimits(deadline_seconds=600.0, memory_bytes=8 << 30)
 PATIENCE_SECONDS = 600.0
-ROUNDS = 5
+ROUNDS, QUICK_ROUNDS = 5, 1
 HBM_BYTES_PER_SECOND = 3.35e12
 """Of an H100 SXM, by its data sheet."""
 LINK_BYTES_PER_SECOND = 50e9
@@ -99,7 +99,7 @@ class Node:
         return sent
 
 
-def simulate(one: Layout) -> tuple[float, int, int]:
+def simulate(one: Layout, rounds: int) -> tuple[float, int, int]:
     """Sampled steps of a run through real actors.
 
     Returns:
@@ -120,13 +120,13 @@ def simulate(one: Layout) -> tuple[float, int, int]:
         ray.get([shards[name].open_run.remote(run.to_wire(), 0, owned[name], 0) for name in names])
         nodes = [Node.remote(run_id, node * one.ranks, one.ranks, one.width) for node in range(one.nodes)]
         seconds, left, before = [], 0, 0.0
-        for step in range(ROUNDS + 1):
+        for step in range(rounds + 1):
             (left, *_) = ray.get([node.send.remote(step, owner, shards) for node in nodes])
             busy = solved_seconds(shards, run_id, (step + 1) * one.layers)
             seconds.append((busy - before) / one.shards)
             before = busy
         counters = [one.counters[run_id] for one in ray.get([shard.snapshot.remote([]) for shard in shards.values()])]
-        records = (ROUNDS + 1) * one.layers
+        records = (rounds + 1) * one.layers
         messages = sum(one.messages for one in counters) / records
         for actor in (*nodes, *shards.values()):
             ray.kill(actor)
@@ -144,9 +144,9 @@ def solved_seconds(shards: dict[str, Any], run_id: str, records: int) -> float:
         time.sleep(0.02)
 
 
-def fitted(small: int, large: int) -> Rates:
+def fitted(small: int, large: int, rounds: int) -> Rates:
     """Two sizes of one layer give the two constants of a solve."""
-    one, other = (simulate(Layout(f"unit {width}", 1, 1, 1, 1, width))[0] for width in (small, large))
+    one, other = (simulate(Layout(f"unit {width}", 1, 1, 1, 1, width), rounds)[0] for width in (small, large))
     cubic = (other / large**2 - one / small**2) / (large - small)
     return Rates(cubic, one / small**2 - cubic * small)
 
@@ -159,9 +159,10 @@ def main() -> None:
     small, middle, large = (64, 96, 128) if quick else (640, 896, 1152)
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=2 << 30, log_to_driver=False,
              logging_level="ERROR")  # fmt: skip
-    rates = fitted(small, large)
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    rates = fitted(small, large, rounds)
     table = Table(title=f"The model and real actors: {platform.machine()}, {os.cpu_count()} cores, torch "
-                  f"{torch.__version__}, medians of {ROUNDS} sampled steps")  # fmt: skip
+                  f"{torch.__version__}, medians of {rounds} sampled steps")  # fmt: skip
     for heading in ("", "messages a record", "MB a node: measured", "model", "s a shard: measured", "model", "ratio"):
         table.add_column(heading)
     for one in (
@@ -172,7 +173,7 @@ def main() -> None:
         Layout("wider", 2, 2, 4, 4, large),
         Layout("2 shards", 2, 2, 8, 8, middle, shards=2),
     ):
-        seconds, left, messages = simulate(one)
+        seconds, left, messages = simulate(one, rounds)
         predicted = rates.shard_seconds(one)
         table.add_row(one.name, str(messages), f"{left / 1e6:.2f}", f"{one.node_bytes / 1e6:.2f}", f"{seconds:.3g}",
                       f"{predicted:.3g}", f"{seconds / predicted:.2f}")  # fmt: skip
