@@ -180,21 +180,19 @@ def main() -> None:
     ray.shutdown()
     console.print(table)
     console.print(f"One solve here: {rates.cubic:.2e}·D³ + {rates.square:.2e}·D² seconds.")
-    console.print(large_runs(rates))
+    console.print(large_runs())
 
 
-def large_runs(rates: Rates) -> Table:
+def large_runs() -> Table:
     """What the model says of 1 024 ranks, 80 layers and D = 28 672 on 8 shards."""
     table = Table(title="1 024 ranks, 80 layers, D = 28 672, 8 shards: one sampled step of all layers")
-    for heading in ("layout", "GB a node", "s of its link", "GB a shard", "s of its link", "s to solve: GPU, at least",
-                    "these CPUs"):  # fmt: skip
+    for heading in ("layout", "GB a node", "s of its link", "GB a shard", "s of its link", "s to solve: GPU, at least"):
         table.add_column(heading)
     for one in (
         Layout("data parallel, 128 nodes", 128, 8, 80, 80, 28672, shards=8),
         Layout("tensor 8, pipeline 16, data 8", 8, 8, 80, 5, 28672, shards=8),
     ):
         gpu = one.layers / one.shards * 8 / 3 * one.width**3 / HBM_BYTES_PER_SECOND
-        cpu = one.layers / one.shards * rates.cubic * one.width**3
         table.add_row(
             one.name,
             f"{one.node_bytes / 1e9:.0f}",
@@ -202,7 +200,6 @@ def large_runs(rates: Rates) -> Table:
             f"{one.shard_bytes / 1e9:.0f}",
             f"{one.shard_bytes / LINK_BYTES_PER_SECOND:.2g}",
             f"{gpu:.0f}",
-            f"{cpu:.0f}",
         )
     return table
 
