@@ -41,6 +41,7 @@ from ..schemas import (
 )
 from ..schemas.delivery import Fate, PushReply
 from ..spectrum import covariance_of
+from .announced import check_announced, check_clock
 from .backlog import Backlog
 from .config import ShardLimits, SolverConfig
 from .judge import Judge
@@ -67,10 +68,6 @@ UNKNOWN_RUN = "unknown"
 STRANGER_SECONDS = 60.0
 """Between an answer of "unknown_run" and the announcement that it asks for; an honest courier needs a second or two."""
 REMEMBERED_STRANGERS = 1000
-FUTURE_SECONDS = 86400.0
-"""How far ahead of our clock a partial may have been captured. Time zones and drifting clocks stay within a day; what
-lies further ahead would look like fresh telemetry for as long, whatever the run does. The past has no bound: spools are
-delivered days later, and nothing is judged by it."""
 
 
 class Owned(NamedTuple):
@@ -143,6 +140,7 @@ class Shard:
                 if known is not None and epoch <= known.epoch:
                     return
                 if known is not None:
+                    self._owned[launch] = Owned(known.epoch, known.layers & layers)  # takes no more of what goes
                     self._hand_over(launch, known.layers - layers)
             before = frozenset() if known is None else known.layers
             if layers - before:
@@ -302,8 +300,8 @@ class Shard:
         layers = self._runs.get((key.run_id, key.attempt))
         if layers is None:
             return self._stranger((key.run_id, key.attempt))
-        _check_clock(arrived)
-        _announced(layers, arrived)
+        check_clock(arrived)
+        check_announced(layers, arrived)
         if key.layer not in self._owned[(key.run_id, key.attempt)].layers:
             return PushReply("unknown_run", None, f"layer {key.layer} of run {key.run_id} has another owner now")
         if key in self._durable and not self._durable[key]:
@@ -562,16 +560,6 @@ class Shard:
         self._open.forget(gone)
 
 
-def _check_clock(arrived: Arrived) -> None:
-    ahead = arrived.captured_at - time.time()
-    if ahead > FUTURE_SECONDS:
-        raise PartialRefused(
-            "future",
-            f"rank {arrived.rank} of run {arrived.key.run_id} captured step {arrived.key.step} "
-            f"{ahead / 86400:.1f} days from now: set its host's clock",
-        )
-
-
 def _mergeable(arrived: Arrived, shares: int) -> Arrived:
     """What arrived as it is merged, in memory of its own: rows stay rows where, if every share has as many, all
     together are fewer than D, and else become a scatter."""
@@ -580,40 +568,6 @@ def _mergeable(arrived: Arrived, shares: int) -> Arrived:
     if arrived.tokens * shares < arrived.width:
         return dataclasses.replace(arrived, samples=arrived.samples.copy())
     return covariance_of(arrived)
-
-
-def _announced(layers: dict[tuple[int, str, int | None], LayerDescription], arrived: Arrived) -> LayerDescription:
-    """The layer of what arrived, as its run announced it.
-
-    Raises:
-        PartialRefused: "unexpected" or "width", where the run announced something else.
-    """
-    key = arrived.key
-    layer = layers.get((key.layer, key.site, key.expert))
-    if layer is None or not arrived.ranks <= set(layer.ranks):
-        expert = "" if key.expert is None else f", expert {key.expert}"
-        ranks = ", ".join(map(str, sorted(arrived.ranks)))
-        raise PartialRefused(
-            "unexpected",
-            f"run {key.run_id} announced no layer {key.layer} ({key.site}{expert}) on rank {ranks}",
-        )
-    if arrived.width != layer.width:
-        raise PartialRefused(
-            "width",
-            f"layer {key.layer} of run {key.run_id} has width {layer.width}, got {arrived.width}",
-        )
-    if isinstance(arrived, PartialGroup):
-        announced = {tuple(sorted(share)) for share in layer.shares}
-        if not {part.ranks for part in arrived.parts} <= announced:
-            raise PartialRefused("unexpected", f"layer {key.layer} of run {key.run_id} has other shares than the group")
-    elif (arrived.share, arrived.rows) != (block := layer.block_of(arrived.rank)):
-        assert block is not None, "its rank is one of the layer's"
-        raise PartialRefused(
-            "unexpected",
-            f"rank {arrived.rank} of run {key.run_id} holds rows {block.rows} of share {block.share} of layer "
-            f"{key.layer}, got rows {arrived.rows} of share {arrived.share}",
-        )
-    return layer
 
 
 def _gauges(record: dict[str, Any]) -> dict[str, float]:
