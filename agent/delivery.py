@@ -8,6 +8,7 @@ its own launch and for what dead jobs left.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
@@ -79,6 +80,9 @@ class Delivery:
         self._pushed: dict[File, RecordKey] = {}
         self._partly: dict[File, float] = {}
         """Files whose record is stored without some ranks, and until when they are kept."""
+        self._again: set[RecordKey] = set()
+        """Records of which a shard has lost what it had: pushed as soon as it is read, for the rest may be there, and
+        their deadline runs."""
         self._doubtful: set[File] = set()
         """Files that may have been pushed before the session was opened."""
         self._open = False
@@ -159,6 +163,7 @@ class Delivery:
         self._waiting.clear()
         self._pushed.clear()
         self._partly.clear()
+        self._again.clear()
         self._doubtful = {file for rank in self._spools for file in self._files(rank)}
 
     def _files(self, rank: int) -> list[File]:
@@ -199,10 +204,12 @@ class Delivery:
                 except PartialRefused as error:
                     self._drop(file, error.reason, str(error))
                     continue
-                waiting = self._waiting.setdefault(self._session.key(wire), _Waiting(now))
+                key = self._session.key(wire)
+                waiting = self._waiting.setdefault(key, _Waiting(-math.inf if key in self._again else now))
                 if waiting.files.setdefault(rank, file) == file:  # else it comes twice, and its turn with it
                     self._mapped[file] = wire
                     mapped.add(file)
+        self._again &= self._waiting.keys()
         return unread
 
     def _read(self, file: File) -> WirePartial:
@@ -295,7 +302,9 @@ class Delivery:
                 continue
             if fate != "partly":
                 self._partly.pop(file, None)
-            if fate != "held":
+            if fate == "unknown":
+                self._again.add(self._pushed.pop(file))
+            elif fate != "held":
                 self._end(file, self._pushed.pop(file), fate)
 
     def _fates(self, keys: Mapping[File, RecordKey]) -> dict[File, Fate]:

@@ -32,6 +32,9 @@ from .config import SolverConfig
 
 log = logging.getLogger("eigenwatch.aggregator")
 
+LAST_TRIES = 3
+"""On the last rung, of a job with which the solver died each time."""
+
 
 class Job(NamedTuple):
     """What is solved: a finite group, and the partials that are still rows."""
@@ -142,12 +145,12 @@ def climb(
     """The answers of the first rung on which `attempt` does not raise `RungFailed`.
 
     Jobs that fail together are tried again one by one, so that one of them spoils no other. A solver that died on the
-    last rung is given it once more: somebody else may have killed it, and below there is nothing.
+    last rung is given it `LAST_TRIES` times: somebody else may have killed it, and below there is nothing.
     """
     failures: list[str] = []
     again = False
-    for rung in (*rungs, rungs[-1]):
-        if len(failures) == len(rungs) and not again:
+    for rung in (*rungs, *[rungs[-1]] * (LAST_TRIES - 1)):
+        if len(failures) >= len(rungs) and not again:
             break
         try:
             return attempt(jobs, rung)

@@ -171,7 +171,7 @@ def test_a_rank_that_is_gone_is_not_waited_for(served, tmp_path):
 
 
 def test_ranks_that_come_late_complete_their_record_though_the_shard_has_restarted_meanwhile(tmp_path):
-    served = start_serve(tmp_path / "store", "--deadline", "3")
+    served = start_serve(tmp_path / "store", "--deadline", "8")
     spools = tmp_path / "spools"
     spools.mkdir()
     try:

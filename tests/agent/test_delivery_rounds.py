@@ -184,3 +184,20 @@ def test_a_rank_that_has_nothing_here_is_waited_for_and_not_for_long(tmp_path, s
     assert session.messages == []
     wait_until(lambda: delivery.work({0: {}, 1: {}}, waits=True) or session.messages, "the end of its patience")
     assert session.messages == [(1,)]
+
+
+def test_what_a_shard_has_lost_is_pushed_again_without_waiting_for_ranks_that_may_be_there(tmp_path, shards):
+    run = described("lost")
+    spools = spools_of(tmp_path, run)
+    delivery = Delivery(session := InProcess(run, shards[1:]))
+    spools[0].write(0, at_layer("lost", 0, 9))
+    for rank, spool in spools.items():
+        delivery.add(rank, spool)
+    delivery.work({0: {}, 1: {}}, waits=False)
+    assert session.messages == [(1,)]
+    session.shards = shards[:1]
+    session.open()
+    wait_until(lambda: delivery.work({0: {}, 1: {}}, waits=True) or delivery._again, "the answer that it is unknown")
+    deliver(delivery, 2)
+    assert session.messages == [(1,), (1,)]
+    assert received(shards[0], "lost") == 1

@@ -209,6 +209,9 @@ def _wrong(rows: list[dict[str, Any]], spectra: list[dict[str, Any]], out: Path)
         where = f"step {step} layer {layer} of attempt {row['attempt']}"
         if row["tokens"] != len(x_ND):
             problems.append(f"{where} has {row['tokens']} tokens, not {len(x_ND)}")
+        if row["hard_rank"] is None:
+            problems.append(f"{where} was not solved: {row['solver_error']}")
+            continue
         hard_rank = float(want_D.sum() ** 2 / (want_D**2).sum())
         if abs(row["hard_rank"] / hard_rank - 1) > TOLERANCE:
             problems.append(f"{where} has hard rank {row['hard_rank']}, not {hard_rank}")
