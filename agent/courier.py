@@ -57,8 +57,8 @@ class Member:
     """Whether it said goodbye, rather than died."""
     deadline: float | None = None
     """Until when to deliver, as a Unix time; None while it trains."""
-    told: int | None = None
-    """The stretch that it has been told by this courier; an earlier one may have said something else."""
+    told: int | str | None = None
+    """What it has been told last by this courier: the stretch, or what keeps its partials from being delivered."""
 
     def look(self, now: float) -> None:
         """Learns what the rank says, or that it died."""
@@ -106,7 +106,7 @@ class Courier:
                 losses = {rank: one.dropped for rank, one in self._members.items()}
                 more = self._delivery.work(losses, waits=not ending)
                 failures = 0
-                self._tell_stretch()
+                self._tell()
                 self._end_members()
                 if not ending and not more:
                     signal.alarm(HANG_SECONDS)
@@ -114,6 +114,8 @@ class Courier:
             except SessionError as error:
                 log.warning("%s; will try again", error)
                 failures += 1
+                if error.lasting or failures >= REJOIN_FAILURES:
+                    self._tell_trouble(str(error))
                 if failures % REJOIN_FAILURES == 0:
                     self._session.close()
                 for rank in self._overdue():
@@ -138,11 +140,18 @@ class Courier:
                 with contextlib.suppress(ValueError, OSError):
                     yield Spool.at(spool.folder), spool.label().rank
 
-    def _tell_stretch(self) -> None:
+    def _tell(self) -> None:
         for member in self._members.values():
             if self._delivery.stretch is not None and member.told != self._delivery.stretch:
                 member.told = self._delivery.stretch
                 member.spool.told.write({"stretch": member.told})
+
+    def _tell_trouble(self, words: str) -> None:
+        """Ranks say it where people look, in the log of the job."""
+        for member in self._members.values():
+            if member.told != words:
+                member.told = words
+                member.spool.told.write({"trouble": words})
 
     def _end_members(self) -> None:
         overdue = self._overdue()

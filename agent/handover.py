@@ -88,12 +88,10 @@ class CourierHandover:
         self._supervise()
         for child_log in self._logs:
             child_log.trim()
-        waiting = self._spool.oldest_seconds()
-        if waiting > UNDELIVERED_SECONDS and not self._warned:
-            log.warning("partials wait for delivery since %.0f s; training goes on: %s", waiting, self._last_words())
-        self._warned = waiting > UNDELIVERED_SECONDS
+        told = self._spool.told.read()
+        self.stretch = int(told.get("stretch", self.stretch))
+        self._warn(told.get("trouble"))
         self._spool.said.write({"dropped": dropped})
-        self.stretch = int(self._spool.told.read().get("stretch", self.stretch))
 
     def close(self, timeout_seconds: float, dropped: dict[str, int]) -> int:
         deadline = time.monotonic() + timeout_seconds
@@ -120,6 +118,15 @@ class CourierHandover:
             )  # fmt: skip
         self._spool.close()
         return waiting + lost
+
+    def _warn(self, trouble: str | None) -> None:
+        """Once, of whatever keeps partials waiting, until it is over."""
+        waiting = self._spool.oldest_seconds()
+        if trouble is None and waiting > UNDELIVERED_SECONDS:
+            trouble = f"none was delivered for {waiting:.0f} s: {self._last_words()}"
+        if trouble is not None and not self._warned:
+            log.warning("partials wait in %s, training goes on: %s", self._spool.folder, trouble)
+        self._warned = trouble is not None
 
     def _make_room(self, needed: int) -> None:
         """Drops the oldest where the spool would be too large. Looks into it only where all that was ever written, but

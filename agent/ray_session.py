@@ -34,6 +34,13 @@ _T = TypeVar("_T")
 class SessionError(Exception):
     """The aggregator could not be reached; trying again may help."""
 
+    lasting = False
+    """Whether it will not, until somebody changes something."""
+
+
+class _NotLetIn(ValueError):
+    """The cluster answers, and this process cannot join it."""
+
 
 class RaySession:
     """A launch's session: opened again after every failure, so each method may raise SessionError."""
@@ -74,7 +81,7 @@ class RaySession:
         except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
             why = why_not_joined(address, error)
             if why is not None:
-                raise ValueError(why) from error
+                raise _NotLetIn(why) from error
             raise
 
     def open(self) -> None:
@@ -170,7 +177,9 @@ class RaySession:
             return call()
         except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SessionError(f"aggregator at {self._address}: {first_line}") from error
+            failed = SessionError(f"aggregator at {self._address}: {first_line}")
+            failed.lasting = isinstance(error, _NotLetIn)
+            raise failed from error
 
 
 def _pieces(payload: NDArray[Any]) -> Any:

@@ -8,9 +8,13 @@ import sys
 import tempfile
 
 import pytest
+import ray
 from eigenwatch.agent.compatibility import why_not_joined
+from eigenwatch.agent.handover import CourierHandover
+from eigenwatch.agent.spool import Destination, Spool
+from eigenwatch.schemas import RunDescription
 
-from tests.processes import end_all, marked_environment
+from tests.processes import end_all, marked_environment, wait_until
 
 # What ray.init of 2.60.0 raised, word for word, when it joined a cluster of 2.52.1.
 OLDER_RAY = (
@@ -63,7 +67,7 @@ else:
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     """A Ray that wants a token; its address, and an environment that has the token."""
     folder = tempfile.mkdtemp(prefix="ew-ray-")  # pytest's own are too long for the names of Ray's sockets
@@ -81,6 +85,7 @@ def cluster():
 
 
 def join(address: str, environment: dict[str, str], *version: str) -> str:
+    """What a courier would say; `version` is what the cluster says from then on that it is."""
     command = [sys.executable, "-c", JOIN, address, *version]
     joined = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     return joined.stdout.strip()
@@ -88,12 +93,30 @@ def join(address: str, environment: dict[str, str], *version: str) -> str:
 
 def test_the_words_are_those_that_ray_says_today(cluster):
     address, environment = cluster
-    assert join(address, environment) == "joined"
+    assert join(address, environment, ray.__version__) == "joined"
     stranger = environment | {"RAY_AUTH_TOKEN": "u" * 32}
     assert join(address, stranger).startswith(f"somebody listens at {address} and does not let this process in")
     said = join(address, environment, "2.52.1")
     assert said.startswith(f"the cluster at {address} runs Ray 2.52.1 on Python ")
     assert "\n" not in said
+
+
+def test_a_job_that_cannot_join_says_why_in_its_own_log_once(cluster, tmp_path, monkeypatch, caplog):
+    address, environment = cluster
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, environment[name])
+    join(address, environment, "2.52.1")
+    described = RunDescription(run_id="old", launch_id="launch", world_size=1, layers=())
+    handover = CourierHandover(Spool.create([tmp_path], described, 0, Destination(address)), 1 << 30)
+
+    def told() -> str:
+        handover.tick({})
+        return caplog.text
+
+    wait_until(told, "a warning")
+    assert f"the cluster at {address} runs Ray 2.52.1 on Python " in told()
+    assert told().count("training goes on") == 1
+    assert handover.close(0.5, {}) == 0
 
 
 @pytest.mark.skipif("OTHER_RAY" not in os.environ, reason="set OTHER_RAY to the `ray` command of another version")
