@@ -17,11 +17,11 @@ from tests.processes import PATIENCE_SECONDS, end_all, marked_environment
 
 @pytest.fixture
 def ray_cluster():
-    """A Ray as an operator starts one; yields its address."""
+    """A Ray as an operator starts one, who says that there is a GPU; yields its address."""
     folder = tempfile.mkdtemp(prefix="ew-ray-")  # pytest's own are too long for the names of Ray's sockets
     marker, environment = marked_environment()
     ray = Path(sys.executable).parent / "ray"
-    head = [ray, "start", "--head", "--port", "0", "--num-cpus", "2", "--include-dashboard", "false"]
+    head = [ray, "start", "--head", "--port", "0", "--num-cpus", "2", "--num-gpus", "1", "--include-dashboard", "false"]
     memory = ["--object-store-memory", str(256 << 20), "--temp-dir", folder]
     started = subprocess.run([*head, *memory], env=environment, capture_output=True, text=True, check=True)
     (address,) = set(re.findall(r"--address='([^']+)'", started.stdout))
@@ -30,10 +30,17 @@ def ray_cluster():
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def free_gpus(address: str) -> float:
+    script = "import ray, sys; ray.init(address=sys.argv[1]); print(ray.available_resources().get('GPU', 0.0))"
+    asked = subprocess.run([sys.executable, "-c", script, address], capture_output=True, text=True, check=True)
+    return float(asked.stdout)
+
+
 def test_an_existing_cluster_serves_two_trainings_at_once(ray_cluster, job_environment, tmp_path):
-    served = start_serve(tmp_path / "store", "--address", ray_cluster)
+    served = start_serve(tmp_path / "store", "--address", ray_cluster, "--shards", "2")
     try:
         assert served.address == ray_cluster
+        assert free_gpus(ray_cluster) == 0.0, "each shard asked for half of it"
         jobs = [
             start_job(
                 tmp_path / run, job_environment, "--run-id", run, "--aggregator", ray_cluster,
