@@ -1,5 +1,6 @@
 """`eigenwatch serve` on a Ray cluster that is there already, with two trainings at once."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from eigenwatch.history import open_history
+from eigenwatch.schemas.ray_token import token_environment
 
 from tests.conftest import start_serve, stop_serve
 from tests.jobs.launch import start_job
@@ -32,7 +34,9 @@ def ray_cluster():
 
 def free_gpus(address: str) -> float:
     script = "import ray, sys; ray.init(address=sys.argv[1]); print(ray.available_resources().get('GPU', 0.0))"
-    asked = subprocess.run([sys.executable, "-c", script, address], capture_output=True, text=True, check=True)
+    environment = os.environ | token_environment(dict(os.environ))
+    command = [sys.executable, "-c", script, address]
+    asked = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return float(asked.stdout)
 
 
