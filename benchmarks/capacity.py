@@ -14,6 +14,7 @@ import tempfile
 import time
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 import torch
 from eigenwatch.agent.combine import combine
@@ -24,6 +25,7 @@ from eigenwatch.schemas import LayerDescription, Origin, RecordKey, RunDescripti
 from eigenwatch.spectrum import Moments, partial_of
 from rich.console import Console
 from rich.table import Table
+from scipy.optimize import nnls
 
 CPU = SolverConfig(device="cpu", own_process=True)
 LIMITS = ShardLimits(deadline_seconds=600.0, memory_bytes=8 << 30)
@@ -144,11 +146,12 @@ def solved_seconds(shards: dict[str, Any], run_id: str, records: int) -> float:
         time.sleep(0.02)
 
 
-def fitted(small: int, large: int, rounds: int) -> Rates:
-    """Two sizes of one layer give the two constants of a solve."""
-    one, other = (simulate(Layout(f"unit {width}", 1, 1, 1, 1, width), rounds)[0] for width in (small, large))
-    cubic = (other / large**2 - one / small**2) / (large - small)
-    return Rates(cubic, one / small**2 - cubic * small)
+def fitted(widths: tuple[int, ...], rounds: int) -> Rates:
+    """One layer at several widths gives the constants of a solve: none is negative, and relative errors count."""
+    seconds = np.array([simulate(Layout(f"unit {width}", 1, 1, 1, 1, width), rounds)[0] for width in widths])
+    powers = np.array([[width**3, width**2] for width in widths], dtype=np.float64) / seconds[:, None]
+    cubic, square = nnls(powers, np.ones(len(widths)))[0]
+    return Rates(float(cubic), float(square))
 
 
 def main() -> None:
@@ -156,11 +159,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small matrices: it shows that the benchmark runs")
     quick = parser.parse_args().quick
     console = Console(width=120)
-    small, middle, large = (64, 96, 128) if quick else (640, 896, 1152)
+    known, middle, large = ((32, 64, 96), 48, 128) if quick else ((512, 1024, 1536), 896, 2048)
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=2 << 30, log_to_driver=False,
              logging_level="ERROR")  # fmt: skip
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    rates = fitted(small, large, rounds)
+    rates = fitted(known, rounds)
     table = Table(title=f"The model and real actors: {platform.machine()}, {os.cpu_count()} cores, torch "
                   f"{torch.__version__}, medians of {rounds} sampled steps")  # fmt: skip
     for heading in ("", "messages a record", "MB a node: measured", "model", "s a shard: measured", "model", "ratio"):
@@ -170,7 +173,7 @@ def main() -> None:
         Layout("8 ranks of a node", 1, 8, 4, 4, middle),
         Layout("4 nodes", 4, 2, 4, 4, middle),
         Layout("8 layers", 2, 2, 8, 8, middle),
-        Layout("wider", 2, 2, 4, 4, large),
+        Layout("wider than what was fitted", 2, 2, 4, 4, large),
         Layout("2 shards", 2, 2, 8, 8, middle, shards=2),
     ):
         seconds, left, messages = simulate(one, rounds)
@@ -179,7 +182,7 @@ def main() -> None:
                       f"{predicted:.3g}", f"{seconds / predicted:.2f}")  # fmt: skip
     ray.shutdown()
     console.print(table)
-    console.print(f"One solve here: {rates.cubic:.2e}·D³ + {rates.square:.2e}·D² seconds.")
+    console.print(f"One solve here: {rates.cubic:.2e}·D³ + {rates.square:.2e}·D² seconds, by widths {known}.")
     console.print(large_runs())
 
 
