@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -22,6 +24,14 @@ if TYPE_CHECKING:
 
 PIECES_SECONDS = 45.0
 """Less than a courier waits for the answer."""
+THREADS = 8
+"""For pushes and questions."""
+
+
+def remote(kind: type, **options: Any) -> Any:
+    """A Ray actor class whose methods run in several threads. Runs are announced in a thread of their own: that reads
+    the store, after a restart for every courier at once, and pushes and snapshots go on meanwhile."""
+    return ray.remote(concurrency_groups={"announcing": 1})(kind).options(max_concurrency=THREADS, **options)
 
 
 class CoordinatorActor:
@@ -32,6 +42,7 @@ class CoordinatorActor:
 
         self._coordinator = Coordinator(store, shard_names)
 
+    @ray.method(concurrency_group="announcing")
     def open_run(self, run_wire: dict[str, Any]) -> Opened:
         return self._coordinator.open_run(run_wire)
 
@@ -63,6 +74,7 @@ class ShardActor:
         self._shard = Shard(store, solver, limits)
         self._assembling = threading.Lock()
 
+    @ray.method(concurrency_group="announcing")
     def open_run(self, run_wire: dict[str, Any], attempt: int, owned: list[int] | None = None, epoch: int = 0) -> None:
         self._shard.open_run(run_wire, attempt, owned, epoch)
 
@@ -72,7 +84,6 @@ class ShardActor:
         if not isinstance(payload, list):
             return self._shard.push(header, mean, payload)
         import numpy
-        import ray
 
         from ..schemas.delivery import MESSAGE_BYTES, PushReply
         from ..schemas.wire import MAX_PAYLOAD_BYTES

@@ -17,7 +17,7 @@ import ray.exceptions
 import ray.util
 
 from ..schemas.delivery import COORDINATOR, NAMESPACE, check_reachable
-from .actors import CoordinatorActor, ShardActor
+from .actors import CoordinatorActor, ShardActor, remote
 from .config import ServiceConfig
 from .exporter import Endpoint
 from .fleet import Fleet
@@ -163,6 +163,6 @@ def _gpus_of_a_shard(config: ServiceConfig) -> float:
     return min(1.0, math.floor(100 * resources.get("GPU", 0.0) / config.shards) / 100)
 
 
-def _actor(kind: Any, **options: Any) -> Any:
-    """A Ray actor class whose methods run in several threads and which Ray starts again when it dies."""
-    return ray.remote(kind).options(max_concurrency=8, max_restarts=-1, **options)
+def _actor(kind: type, **options: Any) -> Any:
+    """A Ray actor class that Ray starts again when it dies."""
+    return remote(kind, max_restarts=-1, **options)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import ray
 import torch
 from eigenwatch.agent.combine import combine
-from eigenwatch.aggregator.actors import ShardActor
+from eigenwatch.aggregator.actors import ShardActor, remote
 from eigenwatch.aggregator.config import ShardLimits, SolverConfig
 from eigenwatch.aggregator.shard import Shard
 from eigenwatch.aggregator.snapshot import Histogram
@@ -219,7 +219,7 @@ def push(size: Size) -> list[Row]:
 def push_over_put(store: str, width: int, rounds: int) -> list[Row]:
     run = one_layer_run(f"push-{width}", width, ranks=PUSHES * (rounds + 2))  # no record is ever complete
     limits = ShardLimits(deadline_seconds=PATIENCE_SECONDS, memory_bytes=8 << 30)
-    shard = ray.remote(ShardActor).options(max_concurrency=8, num_cpus=1).remote(store, CPU, limits)
+    shard = remote(ShardActor, num_cpus=1).remote(store, CPU, limits)
     ray.get(shard.open_run.remote(run.to_wire(), 0, [0], 0))
     header, mean, payload = scatter_of(activations(2 * width, width), 0).to_wire()
     next_rank = iter(range(PUSHES * (rounds + 2)))

@@ -18,7 +18,7 @@ import numpy as np
 import ray
 import torch
 from eigenwatch.agent.combine import combine
-from eigenwatch.aggregator.actors import ShardActor
+from eigenwatch.aggregator.actors import ShardActor, remote
 from eigenwatch.aggregator.config import ShardLimits, SolverConfig
 from eigenwatch.aggregator.ownership import owners
 from eigenwatch.schemas import LayerDescription, Origin, RecordKey, RunDescription, WirePartial, packed_length
@@ -117,7 +117,7 @@ def simulate(one: Layout, rounds: int) -> tuple[float, int, int]:
     names = [f"shard-{index}" for index in range(one.shards)]
     owner = owners(run, names)
     with tempfile.TemporaryDirectory() as store:
-        shards = {name: ray.remote(ShardActor).options(max_concurrency=8).remote(store, CPU, LIMITS) for name in names}
+        shards = {name: remote(ShardActor).remote(store, CPU, LIMITS) for name in names}
         owned = {name: [layer for layer, its in owner.items() if its == name] for name in names}
         ray.get([shards[name].open_run.remote(run.to_wire(), 0, owned[name], 0) for name in names])
         nodes = [Node.remote(run_id, node * one.ranks, one.ranks, one.width) for node in range(one.nodes)]
