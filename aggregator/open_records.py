@@ -6,8 +6,9 @@ happens to a rank that comes late. The shard guards it with its lock.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, OrderedDict
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -34,6 +35,8 @@ class ClosedRecord(NamedTuple):
     overhead_ratio: float | None
     rows: tuple[PartialSamples, ...] = ()
     """Partials that are merged where the record is solved."""
+    fold: Callable[[], None] = lambda: None
+    """To be called before numbers are asked of `group`."""
 
     @property
     def missing(self) -> frozenset[int]:
@@ -73,6 +76,7 @@ class _Open:
     sampling_steps: int | None = None
     overhead_ratio: float | None = None
     nbytes: int = 0
+    folding: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def complete(self) -> bool:
@@ -82,7 +86,7 @@ class _Open:
         if isinstance(arrived, PartialSamples):
             self.rows.append(arrived)
         else:
-            self.group.add_(arrived)
+            self.group.take_(arrived)
         self.ranks |= arrived.ranks
         self.captured_at = max(self.captured_at, arrived.captured_at)
         if arrived.tokens:  # none look the same in either form
@@ -103,7 +107,13 @@ class _Open:
             self.sampling_steps,
             self.overhead_ratio,
             tuple(self.rows),
+            self.fold,
         )
+
+    def fold(self) -> None:
+        """Adds up what was merged, in whichever of the threads that wait for it comes first."""
+        with self.folding:
+            self.group.fold_()
 
     def let_go(self) -> None:
         """It is solved, and its spectrum waits to be written: what was merged into a complete one is done with."""
@@ -141,6 +151,10 @@ class OpenRecords:
         """Whether something of this record has come that is still to be solved."""
         entry = self._open.get(key)
         return entry is not None and not entry.solved
+
+    def folding(self, key: RecordKey) -> Callable[[], None]:
+        """What adds up the numbers that were merged into an open record; it needs no lock, and takes time."""
+        return self._open[key].fold
 
     def ranks(self, key: RecordKey) -> Set[int] | None:
         """Ranks that are merged into this record, while its group is kept; None where it is not."""

@@ -283,7 +283,11 @@ class Shard:
             mergeable = _mergeable(arrived, shares)
             form = arrived.forms if isinstance(arrived, PartialGroup) else arrived.form
             with self._changed:
-                return self._turned_away(arrived) or self._merge(mergeable, form)
+                reply = self._turned_away(arrived) or self._merge(mergeable, form)
+                fold = self._open.folding(arrived.key) if reply.status == "merged" else None
+            if fold is not None:
+                fold()  # together with what other threads bring of this record, and beside those of other records
+            return reply
         except MemoryError:
             return PushReply("busy")
         finally:
@@ -399,6 +403,8 @@ class Shard:
         kept = [closed for closed in batch if not self._dropped_unsolved(closed)]
         jobs = [closed.job for closed in kept if solvable(closed)]
         try:
+            for closed in kept:
+                closed.fold()
             answers = iter(self._solver.solve(jobs) if jobs else ())
         except Exception as error:  # no memory, no process
             log.exception("run %s: %d records are lost", batch[0].key.run_id, len(kept))

@@ -11,6 +11,7 @@ fewer tokens, and not of a matrix that lacks some of its rows.
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ from .triangle import block_views, lower_of, unpack
 
 Rows = tuple[int, int]
 """[start, stop)"""
+PIECE = 1 << 16
+"""Numbers of the sum that stay in the cache while everything that waits is added to them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -106,6 +109,8 @@ class Group:
     shares: dict[int, Share] = field(default_factory=dict)
     """By their lowest rank."""
     finite: bool = True
+    _waiting: deque[tuple[int, NDArray[np.floating]]] = field(default_factory=deque, repr=False)
+    """What was taken and is not in `within` yet: where it begins there, and a slice of a packed scatter."""
 
     @classmethod
     def of(cls, partial: PartialCovariance) -> Group:
@@ -119,6 +124,17 @@ class Group:
             this group.
 
         Raises:
+            ValueError: as `take_`.
+        """
+        self.take_(other)
+        self.fold_()
+        return self
+
+    def take_(self, other: Group | PartialGroup | PartialCovariance) -> None:
+        """Adds a group or a partial, but for the numbers of its scatter: `fold_` adds them, and must do so before
+        anything is asked of `within` and before the scatter's memory changes. One thread at a time takes.
+
+        Raises:
             ValueError: the widths differ, a rank or its rows are already there, or blocks of one share speak of
                 different numbers of tokens; nothing was added then.
         """
@@ -129,6 +145,7 @@ class Group:
         elif isinstance(other, PartialGroup):
             shares, within = Share.of_group(other), other.scatter
         else:
+            other.fold_()
             shares, within = other.shares, other.within.numpy()
         self._check(other.width, shares)
         for number, share in shares.items():
@@ -138,16 +155,36 @@ class Group:
         if not self.finite:
             self.within = torch.empty(0, dtype=torch.float64)
             self.shares = {number: share.without_blocks() for number, share in self.shares.items()}
-            return self
+            return
         if within.size:
-            self._add_rows((0, self.width), within)
+            self._waiting.append((0, within))
         for number in shares:
             share = self.shares[number]
             if share.finished and share.blocks:
-                for rows, block in share.blocks.items():
-                    self._add_rows(rows, block)
+                for (start, _), block in share.blocks.items():
+                    self._waiting.append((packed_offset(self.width, start), block))
                 self.shares[number] = share.without_blocks()
-        return self
+
+    def fold_(self) -> None:
+        """Adds to `within` all that has been taken, in one pass. One thread at a time; another may take meanwhile.
+
+        Raises:
+            MemoryError: there is no room for the sum; what was taken waits on.
+        """
+        if self.finite and self._waiting and not self.within.numel():
+            self.within = torch.zeros(packed_length(self.width), dtype=torch.float64)
+        taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        total = self.within.numpy()
+        for start in range(0, total.size if taken else 0, PIECE):
+            piece = total[start : start + PIECE]
+            for offset, packed in taken:
+                first, last = max(offset, start), min(offset + packed.size, start + piece.size)
+                if first < last:
+                    # numpy and not torch: it converts in small pieces, and takes read-only shared memory.
+                    part = piece[first - start : last - start]
+                    np.add(part, packed[first - offset : last - offset], out=part)
+        if not self.finite:  # somebody has taken that, meanwhile
+            self.within = torch.empty(0, dtype=torch.float64)
 
     @property
     def finished(self) -> list[Share]:
@@ -171,7 +208,8 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        return self.within.nbytes + sum(share.nbytes for share in self.shares.values())
+        within = 8 * packed_length(self.width) if self._waiting else self.within.nbytes
+        return within + sum(share.nbytes for share in self.shares.values())
 
     @property
     def mean(self) -> Tensor:
@@ -229,17 +267,6 @@ class Group:
             for start, stop in other.rows.values():
                 if any(start < its_stop and its_start < stop for its_start, its_stop in mine.rows.values()):
                     raise ValueError(f"rows [{start}, {stop}) of share {number} are in the group already")
-
-    def _add_rows(self, rows: Rows, packed: NDArray[np.floating]) -> None:
-        start, stop = (packed_offset(self.width, row) for row in rows)
-        if not self.within.numel():
-            if packed.size == packed_length(self.width):
-                self.within = torch.from_numpy(packed.astype(np.float64))
-                return
-            self.within = torch.zeros(packed_length(self.width), dtype=torch.float64)
-        # numpy and not torch: it converts in small pieces, and takes read-only shared memory.
-        total = self.within.numpy()[start:stop]
-        np.add(total, packed, out=total)
 
     def _tokens_and_means(self) -> tuple[Tensor, Tensor]:
         shares = self.contributing

@@ -62,6 +62,7 @@ def test_a_record_closes_when_its_last_rank_has_come(records):
     assert closed.complete
     assert closed.ranks_expected == range(3)
     whole = two_pass_covariance(torch.cat([rows(rank) for rank in range(3)]))
+    closed.fold()
     torch.testing.assert_close(closed.group.covariance(), whole, rtol=1e-5, atol=1e-5)
     assert records.close_due(1e9) == []
     records.settled(KEY)
@@ -134,6 +135,7 @@ def test_a_late_rank_opens_an_incomplete_record_again_and_completes_it(records):
     (closed,) = records.close_due(100.0)
     assert closed.complete
     whole = two_pass_covariance(torch.cat([rows(0), rows(1)]))
+    closed.fold()
     torch.testing.assert_close(closed.group.covariance(), whole, rtol=1e-5, atol=1e-5)
 
 
@@ -227,6 +229,7 @@ def test_an_unfinished_share_is_left_out_and_counts_when_the_rest_has_come_late(
     records.merge(partial(2), range(3), 0.0)
     (early,) = records.close_due(DEADLINE)
     assert (early.complete, early.group.tokens) == (False, len(rows(2)))
+    early.fold()
     torch.testing.assert_close(early.group.covariance(), two_pass_covariance(rows(2)), rtol=1e-5, atol=1e-5)
     records.solved(KEY)
     records.settled(KEY)
@@ -426,6 +429,7 @@ def test_a_group_of_which_some_ranks_are_there_is_told_and_not_merged():
     assert records.merge(group, range(3), 0.0) == "duplicate"
     (closed,) = records.close_due(0.0)
     whole = two_pass_covariance(torch.cat([rows(rank) for rank in range(3)]))
+    closed.fold()
     torch.testing.assert_close(closed.group.covariance(), whole, rtol=1e-5, atol=1e-5)
 
 

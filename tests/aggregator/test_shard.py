@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_a_record_is_that_of_all_tokens_together(open_shard, tmp_path):
     assert record["written_at"] == spectra["written_at"]
     assert record["captured_at"].timestamp() == 1.0
     assert 0 < record["solve_seconds"] < 10
+
+
+def test_ranks_that_push_at_once_are_added_up_together(open_shard, tmp_path):
+    ranks = tuple(range(8))
+    shard = open_shard(run(layer(ranks=ranks, width=400)))
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        answers = list(threads.map(lambda rank: push(shard, partial(rank, width=400)), ranks))
+    assert answers == [["merged"]] * len(ranks)
+    (row,) = wait_for_rows(tmp_path, 1)
+    true_D = spectrum.eigenvalues(torch.cov(torch.cat([rows(rank, width=400) for rank in ranks]).double().T))
+    assert row["complete"]
+    assert row["hard_rank"] == pytest.approx(spectrum.hard_rank(true_D).item(), rel=1e-5)
 
 
 def test_the_same_partial_again_changes_nothing(open_shard, tmp_path):

@@ -15,7 +15,7 @@ from eigenwatch.agent import Parallelism, Schedule, attach
 from torch import Tensor, nn
 
 WIDTH, ROWS, EXPERTS, STEPS = 48, 200, 3, 3
-EVERY, WIDE, MANY, SECONDS = 20, 128, 8192, 45.0
+EVERY, WIDE, MANY, SECONDS = 20, 128, 8192, 150.0
 
 
 class Layers(nn.Module):

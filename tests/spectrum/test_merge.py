@@ -8,6 +8,7 @@ import pytest
 import torch
 from eigenwatch.schemas import packed_length
 from eigenwatch.spectrum import Group, hard_rank_corrected, merge, unpack
+from eigenwatch.spectrum.merge import PIECE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,6 +124,43 @@ def test_blocks_of_one_share_may_come_in_several_groups(dealt, data):
     for other, old in zip(groups[1:], before, strict=True):
         assert other.ranks == old.ranks
         assert torch.equal(other.within, old.within), "what is added stays as it was"
+
+
+@property_test
+@given(dealt(), st.data())
+def test_what_was_taken_may_be_folded_at_any_time(dealt, data):
+    shares, partials = dealt
+    group = Group(width=6)
+    for partial in partials:
+        group.take_(partial)
+        if data.draw(st.booleans()):
+            group.fold_()
+    group.fold_()
+    if group.tokens:
+        assert_same(group, merge(partials), two_pass_scatter(torch.cat(shares)))
+
+
+def test_what_is_folded_together_is_the_sum_in_every_piece():
+    x_ND = torch.randn(4, 400, 400)
+    blocks = blocks_of(partial_of(x_ND[3]), [3, 4, 5])
+    group, together = Group(width=400), [*partials_of(x_ND[:3]), *blocks]
+    for one in together:
+        group.take_(one)
+    held = group.nbytes
+    group.fold_()
+    assert group.within.numel() > PIECE
+    assert group.nbytes == held, "what waits counts as what it will be"
+    expected = sum(two_pass_scatter(x) for x in x_ND)
+    torch.testing.assert_close(unpack(group.within, 400), expected, rtol=1e-4, atol=1e-3)
+    assert_same(group, merge(together), expected)
+
+
+def test_what_is_not_finite_ends_a_sum_that_others_still_fold():
+    group = merge([partial_of(torch.randn(4, 6), rank=0)])
+    group.take_(partial_of(torch.randn(4, 6), rank=1))
+    group.take_(not_finite(rank=2))
+    group.fold_()
+    assert (group.finite, group.within.numel(), group.ranks) == (False, 0, {0, 1, 2})
 
 
 def test_a_share_counts_once_all_of_its_rows_are_there():
