@@ -80,9 +80,13 @@ class Rates(NamedTuple):
 class Node:
     """The courier of a host: what its ranks left, combined and pushed, layer by layer."""
 
-    def __init__(self, run_id: str, first_rank: int, ranks: int, width: int) -> None:
+    def __init__(self) -> None:
         torch.set_num_threads(1)
-        self._run_id, self._wires = run_id, list[WirePartial]()
+        self._wires = list[WirePartial]()
+
+    def train(self, run_id: str, first_rank: int, ranks: int, width: int) -> None:
+        """From now on its ranks are those of this run."""
+        self._wires = []
         for rank in range(first_rank, first_rank + ranks):
             moments = Moments(width)
             moments.add(torch.randn(2 * width, width, generator=torch.Generator().manual_seed(rank)))
@@ -101,54 +105,66 @@ class Node:
         return sent
 
 
-def simulate(one: Layout, rounds: int) -> tuple[float, int, int]:
-    """Sampled steps of a run through real actors.
+class Cluster:
+    """Shards and nodes, started once for all layouts."""
 
-    Returns:
-        a shard's seconds for one sampled step, the median, what left a node in it, and messages for one record.
-    """
-    run_id = f"simulated-{one.name}".replace(" ", "-").replace(",", "").replace("=", "")
-    shares = tuple((rank,) for rank in range(one.nodes * one.ranks))
-    layers = tuple(
-        LayerDescription(layer=layer, site="post", name=f"h.{layer}", width=one.width, shares=shares)
-        for layer in range(one.layers)
-    )
-    run = RunDescription(run_id=run_id, launch_id=run_id, world_size=len(shares), layers=layers)
-    names = [f"shard-{index}" for index in range(one.shards)]
-    owner = owners(run, names)
-    with tempfile.TemporaryDirectory() as store:
-        shards = {name: remote(ShardActor).remote(store, CPU, LIMITS) for name in names}
-        owned = {name: [layer for layer, its in owner.items() if its == name] for name in names}
-        ray.get([shards[name].open_run.remote(run.to_wire(), 0, owned[name], 0) for name in names])
-        nodes = [Node.remote(run_id, node * one.ranks, one.ranks, one.width) for node in range(one.nodes)]
-        seconds, left, before = [], 0, 0.0
-        for step in range(rounds + 1):
-            (left, *_) = ray.get([node.send.remote(step, owner, shards) for node in nodes])
-            busy = solved_seconds(shards, run_id, (step + 1) * one.layers)
+    def __init__(self, shards: int, nodes: int) -> None:
+        self._store = tempfile.TemporaryDirectory()
+        self._shards = {
+            f"shard-{index}": remote(ShardActor).remote(self._store.name, CPU, LIMITS) for index in range(shards)
+        }
+        self._nodes = [Node.remote() for _ in range(nodes)]
+
+    def simulate(self, one: Layout, rounds: int) -> tuple[float, int, int]:
+        """Sampled steps of a run through real actors.
+
+        Returns:
+            a shard's seconds for one sampled step, the median, what left a node in it, and messages for one record.
+        """
+        run_id = "".join(character for character in one.name if character.isalnum())
+        shares = tuple((rank,) for rank in range(one.nodes * one.ranks))
+        layers = tuple(
+            LayerDescription(layer=layer, site="post", name=f"h.{layer}", width=one.width, shares=shares)
+            for layer in range(one.layers)
+        )
+        run = RunDescription(run_id=run_id, launch_id=run_id, world_size=len(shares), layers=layers)
+        shards = dict(list(self._shards.items())[: one.shards])
+        owner = owners(run, list(shards))
+        owned = {name: [layer for layer, its in owner.items() if its == name] for name in shards}
+        ray.get([shards[name].open_run.remote(run.to_wire(), 0, owned[name], 0) for name in shards])
+        nodes = self._nodes[: one.nodes]
+        ray.get([node.train.remote(run_id, k * one.ranks, one.ranks, one.width) for k, node in enumerate(nodes)])
+        seconds, left = [], 0
+        records, before = self._solved()
+        for _ in range(rounds + 1):
+            (left, *_) = ray.get([node.send.remote(len(seconds), owner, shards) for node in nodes])
+            records += one.layers
+            busy = self._seconds_of(records)
             seconds.append((busy - before) / one.shards)
             before = busy
         counters = [one.counters[run_id] for one in ray.get([shard.snapshot.remote([]) for shard in shards.values()])]
-        records = (rounds + 1) * one.layers
-        messages = sum(one.messages for one in counters) / records
-        for actor in (*nodes, *shards.values()):
-            ray.kill(actor)
-    return statistics.median(seconds[1:]), left, round(messages)
+        messages = sum(one.messages for one in counters) / (len(seconds) * one.layers)
+        return statistics.median(seconds[1:]), left, round(messages)
+
+    def _solved(self) -> tuple[int, float]:
+        """Records that all shards have solved so far, and the time that they have spent on it."""
+        found = ray.get([shard.snapshot.remote([]) for shard in self._shards.values()])
+        return sum(one.solve_seconds.counts[-1] for one in found), sum(one.solve_seconds.total_seconds for one in found)
+
+    def _seconds_of(self, records: int) -> float:
+        """Waits until so many records are solved; the time that all shards have spent so far."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            solved, seconds = self._solved()
+            if solved >= records:
+                return seconds
+            assert time.monotonic() < deadline, f"{records - solved} records were not solved"
+            time.sleep(0.02)
 
 
-def solved_seconds(shards: dict[str, Any], run_id: str, records: int) -> float:
-    """Waits until so many records are solved; the time that all shards have spent on it."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        found = ray.get([shard.snapshot.remote([]) for shard in shards.values()])
-        if sum(one.solve_seconds.counts[-1] for one in found) >= records:
-            return sum(one.solve_seconds.total_seconds for one in found)
-        assert time.monotonic() < deadline, f"{run_id}: the records were not solved"
-        time.sleep(0.02)
-
-
-def fitted(widths: tuple[int, ...], rounds: int) -> Rates:
+def fitted(cluster: Cluster, widths: tuple[int, ...], rounds: int) -> Rates:
     """One layer at several widths gives the constants of a solve: none is negative, and relative errors count."""
-    seconds = np.array([simulate(Layout(f"unit {width}", 1, 1, 1, 1, width), rounds)[0] for width in widths])
+    seconds = np.array([cluster.simulate(Layout(f"unit {width}", 1, 1, 1, 1, width), rounds)[0] for width in widths])
     powers = np.array([[width**3, width**2] for width in widths], dtype=np.float64) / seconds[:, None]
     cubic, square = nnls(powers, np.ones(len(widths)))[0]
     return Rates(float(cubic), float(square))
@@ -163,7 +179,8 @@ def main() -> None:
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=2 << 30, log_to_driver=False,
              logging_level="ERROR")  # fmt: skip
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    rates = fitted(known, rounds)
+    cluster = Cluster(shards=2, nodes=4)
+    rates = fitted(cluster, known, rounds)
     table = Table(title=f"The model and real actors: {platform.machine()}, {os.cpu_count()} cores, torch "
                   f"{torch.__version__}, medians of {rounds} sampled steps")  # fmt: skip
     for heading in ("", "messages a record", "MB a node: measured", "model", "s a shard: measured", "model", "ratio"):
@@ -176,7 +193,7 @@ def main() -> None:
         Layout("wider than what was fitted", 2, 2, 4, 4, large),
         Layout("2 shards", 2, 2, 8, 8, middle, shards=2),
     ):
-        seconds, left, messages = simulate(one, rounds)
+        seconds, left, messages = cluster.simulate(one, rounds)
         predicted = rates.shard_seconds(one)
         table.add_row(one.name, str(messages), f"{left / 1e6:.2f}", f"{one.node_bytes / 1e6:.2f}", f"{seconds:.3g}",
                       f"{predicted:.3g}", f"{seconds / predicted:.2f}")  # fmt: skip
