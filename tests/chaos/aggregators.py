@@ -24,6 +24,9 @@ SHARDS = 2
 DEADLINE_SECONDS = 3.0
 """How long a record waits for its last rank: a fault that stops a process lasts longer."""
 
+AWAY_SECONDS = 2.0
+"""Where `serve` has a Ray of its own, a shard that is stopped has its layers moved, and back when it goes on."""
+
 
 class Aggregator:
     """`eigenwatch serve` with a Ray of its own, and what the other forms share with it."""
@@ -101,7 +104,7 @@ class Aggregator:
 
     def _options(self) -> list[str]:
         """More of them, for `serve`."""
-        return []
+        return ["--away", str(AWAY_SECONDS)]
 
 
 class OnCluster(Aggregator):
