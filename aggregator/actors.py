@@ -31,7 +31,8 @@ THREADS = 8
 def remote(kind: type, **options: Any) -> Any:
     """A Ray actor class whose methods run in several threads. Runs are announced in a thread of their own: that reads
     the store, after a restart for every courier at once, and pushes and snapshots go on meanwhile."""
-    return ray.remote(concurrency_groups={"announcing": 1})(kind).options(max_concurrency=THREADS, **options)
+    with_groups = ray.remote(concurrency_groups={"announcing": 1})  # type: ignore[call-overload]
+    return with_groups(kind).options(max_concurrency=THREADS, **options)
 
 
 class CoordinatorActor:

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 import uuid
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Set
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -46,14 +46,16 @@ from .backlog import Backlog
 from .config import ShardLimits, SolverConfig
 from .judge import Judge
 from .open_records import ClosedRecord, OpenRecords
+from .outcomes import Outcomes
 from .pressure import Pressure
 from .recovery import SeriesMemory, series_memory, stored_alerts
 from .site_pairs import SitePairs, sibling_of
-from .snapshot import LATENCY_BOUNDS, SOLVE_BOUNDS, Histogram, LatestRecord, Launch, RunCounters, ShardSnapshot
+from .snapshot import LatestRecord, Launch, ShardSnapshot
 from .solved_record import SKIPPED, SolvedRecord, record_of, rows_by_table, skipped_record, solvable
 from .solver import LocalSolver, Solved, Solver, unsolved
 from .solver_process import SolverProcess
 from .stored import stored_records
+from .tally import Tally
 from .writer import StoreWriter, UnwritableRows
 
 log = logging.getLogger("eigenwatch.aggregator")
@@ -61,8 +63,6 @@ log = logging.getLogger("eigenwatch.aggregator")
 IDLE_SECONDS = 0.1
 WRITE_SECONDS = 1.0
 """A solved record waits at most about this long for others to share its file."""
-REMEMBERED_RECORDS = 200_000
-"""Durable records that a shard remembers, so that a partial pushed again is known."""
 UNKNOWN_RUN = "unknown"
 """What partials are counted under whose run is not known."""
 STRANGER_SECONDS = 60.0
@@ -90,24 +90,13 @@ class Shard:
         self._latest_only: set[Launch] = set()
         """Launches whose older steps need not be solved once a newer one waits."""
         self._open = OpenRecords(limits.deadline_seconds, limits.memory_bytes)
-        self._durable: OrderedDict[RecordKey, frozenset[int]] = OrderedDict()
-        """Ranks that each record lacks that is done with: durable, or given up and counted as dropped."""
-        self._given_up: OrderedDict[RecordKey, set[int]] = OrderedDict()
-        """Ranks whose partials were dropped after they had been merged."""
+        self._outcomes = Outcomes()
+        self._tally = Tally()
         self._judge = Judge()
         self._pressure = Pressure(limits.behind_seconds)
         self._latest: dict[SeriesKey, LatestRecord] = {}
-        self._received: Counter[str] = Counter()
-        self._messages: Counter[str] = Counter()
-        self._duplicated: Counter[str] = Counter()
-        self._written: Counter[str] = Counter()
-        self._dropped: Counter[tuple[str, str]] = Counter()
-        self._refusals: Counter[tuple[str, str]] = Counter()
-        """Of `_dropped`, those that this shard turned away, for its log."""
         self._strangers: OrderedDict[Launch, float] = OrderedDict()
         """Launches that nobody announced, and when they were first heard of."""
-        self._solve_seconds = Histogram.empty(SOLVE_BOUNDS)
-        self._latency_seconds = Histogram.empty(LATENCY_BOUNDS)
         self._backlog = Backlog()
         self._pairs = SitePairs(limits.deadline_seconds)
         self._unwritten: list[SolvedRecord] = []
@@ -157,10 +146,7 @@ class Shard:
         stored = stored_records(self._writer.store, run_id, attempt)
         memory, alerts = self._recalled(run_id, attempt)
         with self._changed:
-            for key, missing in stored.items():
-                if key.layer in layers:
-                    self._durable[key] = min(missing, self._durable.get(key, missing), key=len)
-            self._remember_no_more()
+            self._outcomes.recall({key: missing for key, missing in stored.items() if key.layer in layers})
             judged = {series: one.judged for series, one in memory.items() if series.layer in layers}
             self._judge.recall(judged, {name: row for name, row in alerts.items() if name[0].layer in layers})
             for series in judged:
@@ -206,29 +192,24 @@ class Shard:
 
     def _fate(self, key: RecordKey, rank: int) -> Fate:
         merged = self._open.ranks(key) or ()
-        if key in self._open:
-            return "held" if rank in merged else "unknown"
-        missing = self._durable.get(key)
-        if missing is not None and rank not in missing:
-            return "partly" if missing else "durable"
-        if rank in self._given_up.get(key, ()):
-            return "dropped"
-        return "held" if rank in merged else "unknown"  # merged: a block whose share still lacks others
+        fate: Fate = "held" if rank in merged else "unknown"
+        # Not open and yet held: a block whose share still lacks others.
+        return fate if key in self._open else self._outcomes.fate(key, rank) or fate
 
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
         """The state for the endpoint; launches that have ended are forgotten first."""
         with self._changed:
             self._forget(set(ended))
-            runs = {run for run, _ in self._runs} | set(self._received) | {run for run, _ in self._dropped}
+            runs = {run for run, _ in self._runs} | self._tally.runs
             now = time.monotonic()
             behind = {run: self._open.behind_seconds(run, now) for run, _ in self._runs}
             return ShardSnapshot(
                 self.incarnation,
                 [one for series, one in self._latest.items() if self._owns(series)],
                 [one for (series, _), one in self._judge.alerts.items() if self._owns(series)],
-                {run: self._counters(run) for run in sorted(runs)},
-                self._solve_seconds,
-                self._latency_seconds,
+                {run: self._tally.of(run) for run in sorted(runs)},
+                self._tally.solve_seconds,
+                self._tally.latency_seconds,
                 max(behind.values(), default=0.0),
                 {run: self._pressure.stretch(run, seconds, now) for run, seconds in behind.items()},
             )
@@ -263,7 +244,7 @@ class Shard:
     def given_up(self) -> int:
         """How many partials were dropped after they had been merged, of late."""
         with self._changed:
-            return sum(map(len, self._given_up.values()))
+            return self._outcomes.given_up
 
     def _unfinished(self) -> int:
         return len(self._open)  # a record is open until it is durable
@@ -308,15 +289,15 @@ class Shard:
         check_announced(layers, arrived)
         if key.layer not in self._owned[(key.run_id, key.attempt)].layers:
             return PushReply("unknown_run", None, f"layer {key.layer} of run {key.run_id} has another owner now")
-        if key in self._durable and not self._durable[key]:
-            self._duplicated[key.run_id] += len(arrived.ranks)
+        if self._outcomes.missing(key) == frozenset():
+            self._tally.duplicated(key.run_id, len(arrived.ranks))
             return PushReply("durable")
-        if arrived.ranks <= self._given_up.get(key, set()):
-            self._duplicated[key.run_id] += len(arrived.ranks)
+        if self._outcomes.all_given_up(key, arrived.ranks):
+            self._tally.duplicated(key.run_id, len(arrived.ranks))
             return PushReply("dropped", None, f"the record {key} was given up, see the log")
         answer = self._open.turned_away(arrived, time.monotonic())
         if answer == "duplicate":
-            self._duplicated[key.run_id] += len(arrived.ranks)
+            self._tally.duplicated(key.run_id, len(arrived.ranks))
         return None if answer is None else PushReply(answer)
 
     def _shares_of(self, key: RecordKey) -> int:
@@ -331,8 +312,7 @@ class Shard:
         except ValueError as error:
             raise PartialRefused("contradiction", str(error)) from None
         assert merged == "merged", "what is turned away was turned away before"
-        self._received[key.run_id] += len(arrived.ranks)
-        self._messages[key.run_id] += 1
+        self._tally.received(key.run_id, len(arrived.ranks))
         self._changed.notify_all()
         return PushReply(merged)
 
@@ -348,7 +328,7 @@ class Shard:
             with self._changed:
                 self._backlog.add(self._open.close_due(time.monotonic(), everything=self._flushing))
                 if self._latest_only:
-                    self._skip(self._backlog.superseded(self._latest_only, self._durable))
+                    self._skip(self._backlog.superseded(self._latest_only, self._outcomes))
                 batch = self._backlog.next()
                 ending = self._flushing or self._stopping
                 self._ready(self._pairs.overdue(time.monotonic(), everything=ending and not batch))
@@ -370,9 +350,7 @@ class Shard:
         with self._changed:
             known = isinstance(run_id, str) and any(run == run_id for run, _ in self._runs)
             counted = (str(run_id) if known else UNKNOWN_RUN, reason)
-            self._dropped[counted] += 1
-            self._refusals[counted] += 1
-            so_far = self._refusals[counted]
+            so_far = self._tally.refused(*counted)
         if str(so_far).strip("0") == "1":  # the 1st, 10th, 100th, …: a rank that is wrong is wrong in every sample
             log.warning("run %s: partial refused (%s, %d so far): %s", counted[0], reason, so_far, message)
         return PushReply("refused", reason, message)
@@ -423,7 +401,7 @@ class Shard:
 
     def _dropped_unsolved(self, closed: ClosedRecord) -> bool:
         """Gives up a record that is not to be solved: only a part of a share has come, or the store knows more."""
-        stored = self._durable.get(closed.key)
+        stored = self._outcomes.missing(closed.key)
         if stored is not None and len(closed.missing) >= len(stored):
             self._drop(closed, "late")  # a late rank, after its record's group was given up
             return True
@@ -438,11 +416,11 @@ class Shard:
             log.error("run %s layer %d step %d was not solved: %s", key.run_id, key.layer, key.step, solved.failure)
         with self._changed:
             if solved.failure is not None:
-                self._dropped[(key.run_id, "unsolved")] += len(closed.ranks)
+                self._tally.dropped(key.run_id, "unsolved", len(closed.ranks))
             # Now and not when it is written: a pair may wait, an alert need not. What moved is judged elsewhere.
             if record.eigenvalues is not None and self._owns(key.series):
                 record = record._replace(alerts=tuple(self._judge.judge(key, record.row)))
-            self._solve_seconds = self._solve_seconds.observe(solve_seconds)
+            self._tally.solved(solve_seconds)
             self._join(record)
 
     def _skip(self, superseded: list[ClosedRecord]) -> None:
@@ -462,10 +440,8 @@ class Shard:
         """Counts what these ranks sent as dropped, unless it is in a record that is stored."""
         with self._changed:
             layer = self._runs.get((key.run_id, key.attempt), {}).get((key.layer, key.site, key.expert))
-            missing = self._durable.setdefault(key, frozenset(ranks if layer is None else layer.ranks))
-            self._dropped[(key.run_id, reason)] += len(ranks & missing)
-            self._given_up.setdefault(key, set()).update(ranks & missing)
-            self._remember_no_more()
+            lost = self._outcomes.lose(key, ranks, ranks if layer is None else frozenset(layer.ranks))
+            self._tally.dropped(key.run_id, reason, lost)
             self._open.settled(key)
             self._unwritten = [one for one in self._unwritten if one.key != key]
             self._changed.notify_all()
@@ -482,7 +458,7 @@ class Shard:
         layer = self._runs.get((key.run_id, key.attempt), {}).get((key.layer, key.site, key.expert))
         if layer is None:
             return False
-        comes = layer.paired and sibling not in self._open and sibling not in self._durable
+        comes = layer.paired and sibling not in self._open and sibling not in self._outcomes
         return comes or self._open.unsolved(sibling)
 
     def _write(self) -> None:
@@ -515,33 +491,22 @@ class Shard:
 
     def _settle(self, run_id: str, batch: list[SolvedRecord]) -> None:
         now = time.time()
+        latencies = []
         with self._changed:
             for one in batch:
                 under_way = (one.key.run_id, one.key.attempt) in self._runs
                 self._open.settled(one.key, keep=under_way)
                 if not under_way:  # its launch has ended, and nothing would ever forget it again
                     continue
-                self._durable[one.key] = frozenset(one.row["ranks_missing"] or ())
-                self._given_up.pop(one.key, None)  # its group was kept, and the rest of a share came after all
+                self._outcomes.durable(one.key, frozenset(one.row["ranks_missing"] or ()))
                 latest = self._latest.get(one.key.series)
                 if (latest is None or latest.step <= one.key.step) and one.row["solver"] != SKIPPED:
                     self._latest[one.key.series] = LatestRecord(one.key.series, one.key.step, now, _gauges(one.row))
-                latency = max(now - one.row["captured_at"].timestamp(), 0.0)
-                self._latency_seconds = self._latency_seconds.observe(latency)
-            self._remember_no_more()
-            self._written[run_id] += len(batch)
+                latencies.append(max(now - one.row["captured_at"].timestamp(), 0.0))
+            self._tally.written(run_id, latencies, len(batch))
             done = {one.key for one in batch}
             self._unwritten = [one for one in self._unwritten if one.key not in done]
             self._changed.notify_all()
-
-    def _remember_no_more(self) -> None:
-        for remembered in (self._durable, self._given_up):
-            while len(remembered) > REMEMBERED_RECORDS:
-                remembered.popitem(last=False)
-
-    def _counters(self, run: str) -> RunCounters:
-        dropped = tuple((reason, n) for (owner, reason), n in sorted(self._dropped.items()) if owner == run)
-        return RunCounters(self._received[run], self._duplicated[run], self._written[run], dropped, self._messages[run])
 
     def _forget(self, ended: set[Launch]) -> None:
         gone = ended & self._runs.keys()
@@ -552,15 +517,10 @@ class Shard:
             del self._owned[launch]
         for series in [one for one in self._latest if (one.run_id, one.attempt) in gone]:
             del self._latest[series]
-        for remembered in (self._durable, self._given_up):
-            for key in [one for one in remembered if (one.run_id, one.attempt) in gone]:
-                del remembered[key]
-        for run in {run for run, _ in gone} - {run for run, _ in self._runs}:
-            for counter in (self._received, self._messages, self._duplicated, self._written):
-                del counter[run]
-            for name in [one for one in self._dropped if one[0] == run]:
-                del self._dropped[name]
-        self._pressure.forget({run for run, _ in gone} - {run for run, _ in self._runs})
+        self._outcomes.forget(gone)
+        ended_runs = {run for run, _ in gone} - {run for run, _ in self._runs}
+        self._tally.forget(ended_runs)
+        self._pressure.forget(ended_runs)
         self._latest_only -= gone
         self._judge.forget(gone)
         self._open.forget(gone)
