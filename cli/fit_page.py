@@ -71,6 +71,7 @@ def print_steps(steps: list[StepFit]) -> None:
 
     if not steps:
         return
+    ranks = ("hard_rank", "soft_rank")
     shown = _table("step", *(f"{TITLES[metric]} {value}" for metric in ranks for value in ("β", "R²")))
     every = math.ceil(len(steps) / STEPS_SHOWN)
     for at in steps[(len(steps) - 1) % every :: every]:

@@ -20,7 +20,8 @@ MOVING = 0.05
 """Relative change of effective dimension from one window to the next, above which training still moves it."""
 FEW_SAMPLES = 3
 UNEQUAL_ENDS = 1.1
-LEAST_POINTS_TO_BEND = 5
+LEAST_BEND = 0.1
+"""Change of the exponent from the narrowest width to the widest that is worth a word."""
 
 
 def limits(
@@ -83,7 +84,7 @@ def _of_the_widths(
 
 def _bend(points: Sequence[Point], law: Law | None) -> str | None:
     """Whether a parabola in the logarithms fits clearly better than the line: the law saturates, or steepens."""
-    if law is None or len(law.widths) < LEAST_POINTS_TO_BEND:
+    if law is None or len(law.widths) < FEW_WIDTHS:
         return None
     from scipy import stats
 
@@ -95,7 +96,8 @@ def _bend(points: Sequence[Point], law: Law | None) -> str | None:
     variance = float(np.sum((y - design @ coefficients) ** 2)) / (len(x) - 3)
     error = float(np.sqrt(variance * np.linalg.inv(design.T @ design)[0, 0]))
     bend = float(coefficients[0])
-    if abs(bend) <= error * stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 3) or abs(bend) < 1e-6:
+    sure = abs(bend) > error * stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 3)
+    if not sure or abs(2 * bend * np.ptp(x)) < LEAST_BEND:
         return None
     flatter = "flatten, so β is too high beyond the widest run" if bend < 0 else "steepen, so β is too low beyond it"
     return f"The points of effective dimension do not lie on a line: they {flatter}, and the knee is off."
