@@ -128,7 +128,7 @@ def _of_the_records(
         worst = min(points, key=lambda point: point.tokens_per_width)
         few = (
             f"{worst.tokens_per_width:.2g} tokens a width in {worst.run_id} (width {worst.width}): raw ranks are too "
-            "low there; --corrected helps, more tokens help more."
+            "low there; --corrected mends the hard rank, more tokens mend both."
         )
     elif tokens and max(tokens) > UNEQUAL_TOKENS * min(tokens) and not selection.corrected:
         unequal = (

@@ -85,7 +85,7 @@ def test_there_is_no_knee_where_effective_dimension_is_not_shown_to_grow(tmp_pat
 
 
 def test_a_gain_must_be_positive(store: Path) -> None:
-    with pytest.raises(ValueError, match="gain must be positive, such as 0.02 .* got 0"):
+    with pytest.raises(ValueError, match=r"gain must be positive, such as 0.02 .* got 0"):
         advise(fitted(store), gain=0.0)
 
 
@@ -167,7 +167,7 @@ def test_a_complete_sweep_still_says_that_ranks_are_not_loss(tmp_path: Path) -> 
         ({}, "One run a width"),
         (
             {"tokens_per_width": 0.5},
-            "0.5 tokens a width in llama-256 (width 256): raw ranks are too low there; --corrected",
+            "0.5 tokens a width in llama-256 (width 256): raw ranks are too low there; --corrected mends",
         ),
         ({"complete": False}, "75 of 75 records in the window are incomplete"),
         ({"steps": (0, 10)}, "1 sample a layer in the window cannot show what persists"),

@@ -217,7 +217,7 @@ def test_too_few_widths_say_what_is_missing(store: Path) -> None:
     assert found.laws == {}
     with pytest.raises(ValueError, match=r"got 2 \(256, 512\): add runs of 1 more width"):
         found.law("hard_rank")
-    with pytest.raises(ValueError, match="metric must be one of hard_rank, .* got 'rank'"):
+    with pytest.raises(ValueError, match=r"metric must be one of hard_rank, .* got 'rank'"):
         fitted(store)[0].law("rank")
 
 
@@ -229,12 +229,12 @@ def test_a_fit_for_each_value_of_a_tag_or_a_column(tmp_path: Path) -> None:
     assert [(one.value, len(one.points)) for one in found] == [("post", 3), ("pre", 3), (None, 1)]
     assert found[0].law("hard_rank").beta == pytest.approx(HARD)
     assert [one.value for one in fitted(tmp_path, by="world_size")] == ["2"]
-    with pytest.raises(ValueError, match="no tag 'nrm'.* tags norm; columns attempt, "):
+    with pytest.raises(ValueError, match=r"no tag 'nrm'.* tags norm; columns attempt, "):
         fitted(tmp_path, by="nrm")
 
 
 def test_a_window_without_records_is_an_error_that_names_it(store: Path) -> None:
-    with pytest.raises(ValueError, match="no records of site 'post' in steps 5000 to 6000 in llama-1024, .*: choose"):
+    with pytest.raises(ValueError, match=r"no records of site 'post' in steps 5000 to 6000 in llama-1024, .*: choose"):
         fitted(store, steps=(5000, 6000))
     with pytest.raises(ValueError, match="no records of site 'pre' in"):
         fitted(store, site="pre")
