@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "history": {"duckdb", "fsspec", "matplotlib", "scipy", "spectrum", "schemas", *ARRAYS},
     "deploy": {"grafana_client", "schemas"},
     "cli": {
-        "click", "rich", "torch", "ray", "duckdb",
+        "click", "rich", "torch", "ray", "duckdb", "prometheus_client",
         "schemas", "spectrum", "agent", "aggregator", "history", "deploy", *ARRAYS,
     },
 }  # fmt: skip
