@@ -5,7 +5,7 @@ import sys
 
 import click
 
-VERBS = ("compact", "dashboards", "demo", "doctor", "query", "serve", "watch")
+VERBS = ("compact", "dashboards", "demo", "doctor", "export", "query", "serve", "watch")
 
 
 class Verbs(click.Group):

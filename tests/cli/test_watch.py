@@ -434,7 +434,7 @@ def test_on_a_terminal_it_follows_the_run_and_the_size_of_the_window_until_q(tmp
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM"])
 def test_it_waits_for_a_store_and_ends_quietly_by(end: str, tmp_path: Path, terminal) -> None:
-    screen = terminal(100, 20, "--store", str(tmp_path / "store"), "--interval", "0.1")
+    screen = terminal(100, 20, "llama", "--store", str(tmp_path / "store"), "--interval", "0.1")
     screen.wait_for("waiting: no store at")
     write(tmp_path / "store", "llama", "records", record(10))
     screen.wait_for("step 10")
