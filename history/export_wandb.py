@@ -90,17 +90,20 @@ class Segments:
         shutil.rmtree(self._unfinished, ignore_errors=True)  # of an export that was killed
         self._unfinished.mkdir(parents=True)
         quiet = wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True)
-        run = wandb.init(
-            project=self._project,
-            id=self._id,
-            name=self._attempt.name,
-            group=self._attempt.run_id,
-            config={"eigenwatch_run": self._attempt.run_id, "attempt": self._attempt.number, **self._attempt.tags},
-            resume="allow",
-            mode="offline",
-            dir=str(self._unfinished),
-            settings=quiet,
-        )
+        try:
+            run = wandb.init(
+                project=self._project,
+                id=self._id,
+                name=self._attempt.name,
+                group=self._attempt.run_id,
+                config={"eigenwatch_run": self._attempt.run_id, "attempt": self._attempt.number, **self._attempt.tags},
+                resume="allow",
+                mode="offline",
+                dir=str(self._unfinished),
+                settings=quiet,
+            )
+        except wandb.Error as error:
+            raise ValueError(f"Weights & Biases refused: {str(error).splitlines()[0]}") from None
         run.define_metric(f"{PREFIX}/step", hidden=True)
         run.define_metric(f"{PREFIX}/*", step_metric=f"{PREFIX}/step")
         return run

@@ -24,8 +24,14 @@ MAY_IMPORT = {
         "schemas", "spectrum", "agent", "aggregator", "history", "deploy", *ARRAYS,
     },
 }  # fmt: skip
-FRONT_ENDS = {"agent/huggingface.py": {"transformers"}, "agent/lightning.py": {"lightning", "pytorch_lightning"}}
-"""The callbacks, which import their framework; nothing else imports them."""
+FRONT_ENDS = {
+    "agent/huggingface.py": {"transformers"},
+    "agent/lightning.py": {"lightning", "pytorch_lightning"},
+    "history/export_tensorboard.py": {"tensorboard"},
+    "history/export_wandb.py": {"wandb"},
+    "history/export_mlflow.py": {"mlflow"},
+}
+"""The callbacks and exports, which import the client they are for; nothing else imports them at its start."""
 ROOMS = set(MAY_IMPORT)
 
 

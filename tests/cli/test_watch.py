@@ -463,7 +463,7 @@ def test_in_a_pipe_it_prints_every_look_until_nobody_reads(store: Path) -> None:
 def test_once_prints_the_whole_view(store: Path) -> None:
     done = watch("llama", "--store", str(store), "--once")
     assert done.exit_code == 0
-    assert re.search(r"^0 +collapse +0.0745 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^0 +collapse, stale +0.0745 ", done.stdout, re.MULTILINE)
     said = json.loads(watch("--store", str(store), "--once", "--json", "--metric", "soft_rank").stdout)
     assert said["layers"][1]["history"] == [80.0, 80.0]
     assert said["layers"][3]["states"] == ["no record"]
@@ -475,3 +475,27 @@ def test_once_fails_in_one_line_where_there_is_nothing(tmp_path: Path) -> None:
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.startswith(f"Error: no store at {tmp_path / 'nowhere'}")
     assert watch("--metric", "nothing", "--once").exit_code == 2
+
+
+# The document
+
+COMMANDS = re.findall(r"^    eigenwatch watch(.*)$", DOCUMENT, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_document_works(
+    command: str, store: Path, exporter: Exporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (store / "runs").mkdir()
+    (store / "run_id=llama").rename(store / "runs" / "run_id=llama-130m")
+    monkeypatch.chdir(store)
+    arguments = command.replace("http://127.0.0.1:9845/metrics", exporter.endpoint.url).split()
+    done = watch(*arguments, *([] if "--once" in arguments else ["--once"]))
+    assert done.exit_code == 0, done.output
+    assert "llama" in done.stdout
+
+
+def test_every_state_of_the_document_is_one() -> None:
+    told = set(re.findall(r"^\| `([a-z ]+)` \|", DOCUMENT, re.MULTILINE))
+    assert told == {"ok", "collapse", "not finite", "stale", "incomplete", "skipped", "no record"}
+    assert len(COMMANDS) >= 4
