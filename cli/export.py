@@ -2,13 +2,15 @@
 
 import contextlib
 import json
-import time
+import signal
+import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 
 import click
 
-from ..history import History, open_history
+from ..history import open_history
 from ..history.export import Export, Exported, Opener, only_export
 
 EPILOG = """
@@ -58,44 +60,44 @@ def export(
         raise click.UsageError("--to tensorboard takes no --project")
     if tracking_uri is not None and to != "mlflow":
         raise click.UsageError(f"--to {to} takes no --tracking-uri")
-    done = [Exported(run, "unknown") for run in dict.fromkeys(runs)]
     try:
         opener = _opener(to, out, project or "eigenwatch", tracking_uri)
         with contextlib.ExitStack() as stack:
             if out is not None:
                 stack.enter_context(only_export(out))
             history = stack.enter_context(open_history(store))
-            _export(history, opener, done, interval if follow else None)
+            exports = [Export(history, run, opener) for run in dict.fromkeys(runs)]
+            for one in exports:
+                stack.enter_context(contextlib.closing(one))
+                one.run()
+            if follow:
+                _follow(exports, interval)
     except ValueError as error:
         raise click.ClickException(str(error)) from None
-    except KeyboardInterrupt:
-        if not follow:
-            raise
     if as_json:
-        click.echo(json.dumps({"where": opener.where, "runs": [asdict(one) for one in done]}))
+        click.echo(json.dumps({"where": opener.where, "runs": [asdict(one.done) for one in exports]}))
         return
-    for one in done:
-        click.echo(f"{one.run_id}: {one.records} records and {one.alerts} alerts exported" + _waiting(one))
+    for done in (one.done for one in exports):
+        click.echo(f"{done.run_id}: {done.records} records and {done.alerts} alerts exported" + _waiting(done))
     click.echo(f"In {opener.where}")
 
 
-def _export(history: History, opener: Opener, done: list[Exported], interval_seconds: float | None) -> None:
-    """Adds to `done` what was exported; once, or at each interval until the runs have ended."""
-    with contextlib.ExitStack() as stack:
-        exports = [stack.enter_context(contextlib.closing(Export(history, one.run_id, opener))) for one in done]
-        while True:
-            _look(exports, done)
-            if interval_seconds is None or all(one.status != "running" for one in done):
-                return
-            time.sleep(interval_seconds)
+def _follow(exports: list[Export], interval_seconds: float) -> None:
+    """Until the runs have ended. Ctrl-C and SIGTERM end it after the look under way, a second one at once."""
+    ended = threading.Event()
 
+    def end(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+        ended.set()
 
-def _look(exports: list[Export], done: list[Exported]) -> None:
-    for one, total in zip(exports, done, strict=True):
-        new = one.run()
-        total.status, total.waiting = new.status, new.waiting
-        total.records += new.records
-        total.alerts += new.alerts
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while any(one.done.status == "running" for one in exports) and not ended.wait(interval_seconds):
+            for one in exports:
+                one.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _waiting(one: Exported) -> str:

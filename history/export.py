@@ -109,7 +109,7 @@ class Exported:
     """What an export did."""
 
     run_id: str
-    status: str
+    status: str = "unknown"
     records: int = 0
     alerts: int = 0
     waiting: int = 0
@@ -126,9 +126,10 @@ class Export:
         self._targets: dict[int, Target] = {}
         self._done: dict[int, set[tuple[str, int]]] = {}
         self._listed: object = None
-        self._last = Exported(run_id, "unknown")
+        self.done = Exported(run_id)
+        """What was exported so far."""
 
-    def run(self) -> Exported:
+    def run(self) -> None:
         """Exports what is new.
 
         Raises:
@@ -140,16 +141,16 @@ class Export:
             known = f"; there are {', '.join(there)}" if there else ""
             raise ValueError(f"no run {self._run_id!r} in {self._history.store.uri}{known}")
         attempts = self._attempts()
-        done = Exported(self._run_id, attempts[-1].status)
-        if listed != self._listed or self._last.waiting:
+        self.done.status = attempts[-1].status
+        if listed != self._listed or self.done.waiting:
+            self.done.waiting = 0
             for attempt in attempts:
-                self._run_attempt(attempt, done)
-        self._listed, self._last = listed, done
-        return done
+                self._run_attempt(attempt)
+        self._listed = listed
 
     def close(self) -> None:
         for target in self._targets.values():
-            target.close(self._last.status)
+            target.close(self.done.status)
 
     def _attempts(self) -> list[Attempt]:
         told = self._history.query("SELECT * FROM runs WHERE run_id = ? ORDER BY attempt", [self._run_id]).to_pylist()
@@ -158,7 +159,7 @@ class Export:
         numbers = {*runs, *self._history.query(sql, [self._run_id]).column(0).to_pylist()}
         return [_attempt(self._run_id, number, runs.get(number, {})) for number in sorted(numbers)]
 
-    def _run_attempt(self, attempt: Attempt, count: Exported) -> None:
+    def _run_attempt(self, attempt: Attempt) -> None:
         number = attempt.number
         if number not in self._targets:
             self._targets[number] = self._opener.open(attempt)
@@ -174,18 +175,18 @@ class Export:
         for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
             new = [(row["settled"], record) for row in batch.to_pylist() if (record := _record(row)).key not in done]
             records = [record for settled, record in new if settled]
-            count.waiting += len(new) - len(records)
+            self.done.waiting += len(new) - len(records)
             if records:
                 target.write(records, [])
                 done.update(record.key for record in records)
-                count.records += len(records)
+                self.done.records += len(records)
         sql = "SELECT * FROM alerts WHERE run_id = ? AND attempt = ? ORDER BY step, layer"
         alerts = self._history.query(sql, [self._run_id, number]).to_pylist()
         notes = [note for note in map(_note, alerts) if note.key not in done]
         if notes:
             target.write([], notes)
             done.update(note.key for note in notes)
-            count.alerts += len(notes)
+            self.done.alerts += len(notes)
         target.commit()
 
 

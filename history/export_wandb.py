@@ -66,7 +66,7 @@ class Segments:
             self._run.log({f"{PREFIX}/step": step} | values)
         for note in notes:
             self._run.summary[f"{PREFIX}/{note.key[0]}/step_{note.step}"] = note.text
-        self._keys += [one.key for one in (*records, *notes)]
+        self._keys += [record.key for record in records] + [note.key for note in notes]
 
     def commit(self) -> None:
         """Ends the segment; only now is it there."""

@@ -156,9 +156,10 @@ def export(kind: Kind, store: Path, folder: Path) -> Exported:
     with open_history(store) as history:
         one = Export(history, "llama", kind.opener(folder))
         try:
-            return one.run()
+            one.run()
         finally:
             one.close()
+        return one.done
 
 
 def ranks(kind: Kind, folder: Path, run_id: str = "llama") -> list[tuple[str, int, float]]:
