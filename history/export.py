@@ -14,8 +14,11 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+import pyarrow.compute as pc
 
 from ..schemas import METRIC_NAMES
 from .session import History
@@ -24,6 +27,8 @@ QUALITY = ("tokens_per_width", "complete", "finite")
 """Never null. A target has a record when it has its `finite`, so that one is written last."""
 WAIT_SECONDS = 600.0
 """A record of a running run that lacks ranks is exported this long after it was written."""
+OVERLAP = timedelta(hours=1)
+"""Files become visible in another order than their rows were written; no writer is later than this."""
 ROWS_AT_ONCE = 1000
 PREFIX = "eigenwatch"
 
@@ -125,6 +130,8 @@ class Export:
         self._opener = opener
         self._targets: dict[int, Target] = {}
         self._done: dict[int, set[tuple[str, int]]] = {}
+        self._since: dict[int, datetime] = {}
+        """By attempt: records that were written before are not looked at again."""
         self._listed: object = None
         self.done = Exported(run_id)
         """What was exported so far."""
@@ -136,11 +143,11 @@ class Export:
             ValueError: there is no such run, or the target refused.
         """
         listed = self._history.store.live(self._run_id)
-        if not listed:
+        attempts = self._attempts()
+        if not attempts:
             there = self._history.query("SELECT DISTINCT run_id FROM runs ORDER BY run_id").column(0).to_pylist()
             known = f"; there are {', '.join(there)}" if there else ""
             raise ValueError(f"no run {self._run_id!r} in {self._history.store.uri}{known}")
-        attempts = self._attempts()
         self.done.status = attempts[-1].status
         if listed != self._listed or self.done.waiting:
             self.done.waiting = 0
@@ -165,21 +172,25 @@ class Export:
             self._targets[number] = self._opener.open(attempt)
             self._done[number] = self._targets[number].exported()
         target, done = self._targets[number], self._done[number]
-        columns = ", ".join(("step", "layer", "site", "expert", "captured_at", *METRIC_NAMES, *QUALITY))
+        columns = ", ".join(("step", "layer", "site", "expert", "captured_at", "written_at", *METRIC_NAMES, *QUALITY))
         sql = f"""
             SELECT {columns}, complete OR epoch(written_at) < ? AS settled FROM records
-            WHERE run_id = ? AND attempt = ? ORDER BY step, layer, site, expert
+            WHERE run_id = ? AND attempt = ? AND written_at >= ? ORDER BY step, layer, site, expert
         """
         settled_before = time.time() - WAIT_SECONDS if attempt.status == "running" else math.inf
-        table = self._history.query(sql, [settled_before, self._run_id, number])
+        since = self._since.get(number, datetime.fromtimestamp(0, UTC))
+        table = self._history.query(sql, [settled_before, self._run_id, number, since])
         for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
-            new = [(row["settled"], record) for row in batch.to_pylist() if (record := _record(row)).key not in done]
-            records = [record for settled, record in new if settled]
+            new = [row for row in batch.to_pylist() if _key(row) not in done]
+            records = [_record(row) for row in new if row["settled"]]
             self.done.waiting += len(new) - len(records)
             if records:
                 target.write(records, [])
                 done.update(record.key for record in records)
                 self.done.records += len(records)
+        newest = pc.max(table["written_at"]).as_py()
+        if newest is not None:
+            self._since[number] = newest - OVERLAP
         sql = "SELECT * FROM alerts WHERE run_id = ? AND attempt = ? ORDER BY step, layer"
         alerts = self._history.query(sql, [self._run_id, number]).to_pylist()
         notes = [note for note in map(_note, alerts) if note.key not in done]
@@ -228,14 +239,18 @@ def _attempt(run_id: str, number: int, row: _Row) -> Attempt:
     return Attempt(run_id, number, row.get("status", "unknown"), row.get("world_size"), tags)
 
 
+def _key(row: _Row) -> tuple[str, int]:
+    return series_name(row["layer"], row["site"], row["expert"]), row["step"]
+
+
 def _record(row: _Row) -> Record:
-    series = series_name(row["layer"], row["site"], row["expert"])
+    series, step = _key(row)
     points = [
         Point(f"{PREFIX}/{name}/{series}", float(row[name]))
         for name in (*METRIC_NAMES, *QUALITY)
         if row[name] is not None and math.isfinite(row[name])
     ]
-    return Record(row["step"], series, row["captured_at"].timestamp(), points)
+    return Record(step, series, row["captured_at"].timestamp(), points)
 
 
 def _note(row: _Row) -> Note:
