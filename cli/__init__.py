@@ -6,6 +6,7 @@ import sys
 import click
 
 VERBS = ("compact", "dashboards", "demo", "doctor", "fit", "query", "serve")
+VERBS = ("compact", "dashboards", "demo", "doctor", "export", "query", "serve", "watch")
 
 
 class Verbs(click.Group):

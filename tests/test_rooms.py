@@ -20,12 +20,18 @@ MAY_IMPORT = {
     "history": {"duckdb", "fsspec", "matplotlib", "scipy", "spectrum", "schemas", *ARRAYS},
     "deploy": {"grafana_client", "schemas"},
     "cli": {
-        "click", "rich", "torch", "ray", "duckdb",
+        "click", "rich", "torch", "ray", "duckdb", "prometheus_client",
         "schemas", "spectrum", "agent", "aggregator", "history", "deploy", *ARRAYS,
     },
 }  # fmt: skip
-FRONT_ENDS = {"agent/huggingface.py": {"transformers"}, "agent/lightning.py": {"lightning", "pytorch_lightning"}}
-"""The callbacks, which import their framework; nothing else imports them."""
+FRONT_ENDS = {
+    "agent/huggingface.py": {"transformers"},
+    "agent/lightning.py": {"lightning", "pytorch_lightning"},
+    "history/export_tensorboard.py": {"tensorboard"},
+    "history/export_wandb.py": {"wandb"},
+    "history/export_mlflow.py": {"mlflow"},
+}
+"""The callbacks and exports, which import the client they are for; nothing else imports them at its start."""
 ROOMS = set(MAY_IMPORT)
 
 
