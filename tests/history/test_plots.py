@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from eigenwatch.history import open_history
-from eigenwatch.history.plots import LOWEST_UTILIZATION, layer_step_heatmaps, step_edges
+from eigenwatch.history.figures import layer_step_heatmaps
+from eigenwatch.history.figures.heatmaps import LOWEST_UTILIZATION, step_edges
 
 from tests.history.stored import NOT_FINITE, record, write
 
@@ -143,7 +144,7 @@ def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
     script = f"""
 import sys
 from eigenwatch.history import open_history
-from eigenwatch.history.plots import layer_step_heatmaps
+from eigenwatch.history.figures import layer_step_heatmaps
 assert "matplotlib" not in sys.modules
 layer_step_heatmaps(open_history({str(tmp_path)!r}), "r").savefig({str(tmp_path / "r.png")!r})
 assert "matplotlib.pyplot" not in sys.modules
