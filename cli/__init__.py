@@ -5,7 +5,7 @@ import sys
 
 import click
 
-VERBS = ("compact", "dashboards", "demo", "doctor", "query", "serve")
+VERBS = ("compact", "dashboards", "demo", "doctor", "query", "report", "serve")
 
 
 class Verbs(click.Group):

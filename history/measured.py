@@ -102,6 +102,17 @@ def read_grid(history: History, run_id: str, site: str = "post") -> Grid:
     )
 
 
+def observed_site(history: History, run_id: str) -> str:
+    """Post, unless the run observed nothing but pre."""
+    return "pre" if has_site(history, run_id, "pre") and not has_site(history, run_id, "post") else "post"
+
+
+def has_site(history: History, run_id: str, site: str) -> bool:
+    """Whether the run has any record of that site."""
+    found = history.query("SELECT 1 FROM records_raw WHERE run_id = ? AND site = ? LIMIT 1", [run_id, site])
+    return bool(found.num_rows)
+
+
 class Spectrum(NamedTuple):
     """One spectrum at chosen directions, as shares of the variance."""
 

@@ -1,7 +1,7 @@
 """Which layers waste their width, and since when: a verdict on each layer of a run, and the answer in words.
 
-A verdict counts once `COLLAPSE.window_samples` samples in a row agree, as an alert does, and then begins with the first
-of them. It says what the records show so far, and nothing of what the layer would do with another width.
+A verdict counts once `COLLAPSE.window_samples` samples in a row agree, and begins with the first of them; collapse enters
+and leaves by the thresholds of its alert. It says what the records show so far, and nothing of what the layer would do with another width.
 """
 
 from __future__ import annotations
@@ -50,21 +50,28 @@ def layer_uses(grid: Grid) -> list[LayerUse]:
         few = (values["hard_utilization"] <= COLLAPSE.hard_utilization_enter) | (
             values["hard_rank"] <= COLLAPSE.directions_enter
         )
-        signs = {
-            NOT_FINITE: grid.not_finite,
-            COLLAPSED: few & (values["spectral_concentration"] >= COLLAPSE.concentration_enter),
-            FRONT_LOADED: values["variance_10"] >= FRONT_LOADED_SHARE,
-            BEHIND: share_LS < BEHIND_RATIO * _median_of_layers(share_LS),
-        }
+        many = (values["hard_utilization"] > COLLAPSE.hard_utilization_leave) & (
+            values["hard_rank"] > COLLAPSE.directions_leave
+        )
+        collapsed = few & (values["spectral_concentration"] >= COLLAPSE.concentration_enter)
+        healthy = many | (values["spectral_concentration"] < COLLAPSE.concentration_leave)
+        front_loaded = values["variance_10"] >= FRONT_LOADED_SHARE
+        behind = share_LS < BEHIND_RATIO * _median_of_layers(share_LS)
     if len(grid.layers) < PEERS_LEAST:
-        signs[BEHIND] = np.zeros_like(grid.recorded)
+        behind = np.zeros_like(behind)
+    signs = {
+        NOT_FINITE: (grid.not_finite, ~grid.not_finite),
+        COLLAPSED: (collapsed, healthy),
+        FRONT_LOADED: (front_loaded, ~front_loaded),
+        BEHIND: (behind, ~behind),
+    }
     lately = {name: grid.lately(name) for name in LayerUse._fields[4:]}
     uses = []
     for row, layer in enumerate(grid.layers):
         known = grid.not_finite[row] | ~np.isnan(values["hard_rank"][row])
         state, since = IN_USE, None
-        for sign, flags_LS in signs.items():
-            first = held_since(flags_LS[row, known], COLLAPSE.window_samples)
+        for sign, (enter_LS, leave_LS) in signs.items():
+            first = held_since(enter_LS[row, known], leave_LS[row, known], COLLAPSE.window_samples)
             if first is not None:
                 state, since = sign, int(grid.steps[known][first])
                 break
@@ -73,18 +80,21 @@ def layer_uses(grid: Grid) -> list[LayerUse]:
     return uses
 
 
-def held_since(flags: NDArray[np.bool_], window: int) -> int | None:
+def held_since(enter: NDArray[np.bool_], leave: NDArray[np.bool_], window: int) -> int | None:
     """Where the state that holds at the end began, or None: it takes `window` samples in a row to enter or to leave.
 
-    With fewer samples than that, all must agree.
+    Args:
+        enter: (S,) samples that speak for the state,
+        leave: (S,) and against it; some may do neither.
+        window: with fewer samples than that, all must agree.
     """
-    window = min(window, len(flags))
+    window = min(window, len(enter))
     since: int | None = None
-    for end in range(window, len(flags) + 1):
-        recent = flags[end - window : end]
-        if since is None and recent.all() and window:
+    for end in range(window, len(enter) + 1 if window else 0):
+        recent = slice(end - window, end)
+        if since is None and enter[recent].all():
             since = end - window
-        elif since is not None and not recent.any():
+        elif since is not None and leave[recent].all():
             since = None
     return since
 

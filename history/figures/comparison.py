@@ -7,7 +7,7 @@ import numpy as np
 
 from ..measured import read_grid
 from ..session import History
-from .drawing import dress, line_styles, new_figure
+from .drawing import dress, line_styles, new_figure, plain_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,7 +49,7 @@ def comparison(
             if layer is None:
                 axis.fill_between(grid.steps[known], lower, upper, color=colour, alpha=0.15, lw=0)
         if logarithmic:
-            axis.set_yscale("log")
+            plain_log(axis)
         else:
             axis.set_ylim(0, 1)
         dress(axis, title, "step", "")

@@ -50,6 +50,18 @@ def dress(axis: "Axes", title: str, x: str, y: str) -> None:
     axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
 
 
+def plain_log(axis: "Axes") -> None:
+    """A logarithmic y axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    digits = (1.0, 2.0, 3.0, 5.0, 7.0) if high < 10 * low else (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    axis.yaxis.set_major_locator(LogLocator(subs=digits))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.minorticks_off()
+
+
 def plain_log_ticks(axis: "Axes", values: Sequence[float]) -> None:
     """Marks exactly these values on a logarithmic x axis, as plain numbers."""
     axis.set_xscale("log")

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..measured import read_grid
 from ..session import History
-from .drawing import EMPTY_COLOUR, OKABE_ITO, dress, new_figure
+from .drawing import EMPTY_COLOUR, OKABE_ITO, dress, new_figure, plain_log
 from .heatmaps import step_edges
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def pre_post(history: History, run_id: str) -> "Figure":
     edges_y = np.arange(len(post.layers) + 1) - 0.5
     heat.set_facecolor(EMPTY_COLOUR)
     mesh = heat.pcolormesh(
-        step_edges(post.steps), edges_y, divergence_LS, cmap="cividis", vmin=0, vmax=np.log(2), rasterized=True
+        step_edges(post.steps), edges_y, divergence_LS, cmap="cividis", vmin=0, rasterized=True
     )
     every = -(-len(post.layers) // 16)
     heat.set_yticks(range(0, len(post.layers), every), [str(layer) for layer in post.layers[::every]])
@@ -42,7 +42,7 @@ def pre_post(history: History, run_id: str) -> "Figure":
             ranks.plot(
                 grid.layers, grid.lately(rank), "o-", color=colour, mfc=fill, lw=1, ms=5, label=f"{name}, {grid.site}"
             )
-    ranks.set_yscale("log")
+    plain_log(ranks)
     ranks.xaxis.get_major_locator().set_params(integer=True)
     dress(ranks, "Ranks before and after", "layer", "rank, last quarter of the steps")
     ranks.legend(fontsize=8, frameon=False)

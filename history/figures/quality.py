@@ -6,7 +6,7 @@ import numpy as np
 
 from ..measured import Floats, Grid, read_grid
 from ..session import History
-from .drawing import OKABE_ITO, dress, new_figure
+from .drawing import OKABE_ITO, dress, new_figure, plain_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,12 +33,14 @@ def data_quality(history: History, run_id: str, *, site: str = "post") -> "Figur
     colours = [colour for _, colour in present.values()]
     complete.stackplot(grid.steps, counts, colors=colours, labels=list(present), step="mid")
     dress(complete, "Layers with a record", "step", "layers")
-    complete.legend(fontsize=8, frameon=False, loc="lower left")
+    complete.set_ylim(0, 1.25 * len(grid.layers))
+    complete.yaxis.get_major_locator().set_params(integer=True)
+    complete.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
 
     ratio_LS = grid.values["tokens_per_width"]
     tokens.plot(grid.steps, over_layers(ratio_LS), color=OKABE_ITO[0], label="median of the layers")
     tokens.axhline(2, color=OKABE_ITO[1], lw=1, ls="--", label="2: below it no corrected soft rank")
-    tokens.set_yscale("log")
+    plain_log(tokens)
     dress(tokens, "Tokens per width", "step", "")
     tokens.legend(fontsize=8, frameon=False)
 
@@ -48,7 +50,7 @@ def data_quality(history: History, run_id: str, *, site: str = "post") -> "Figur
         corrected = over_layers(grid.values[f"{rank}_corrected"])
         if not np.isnan(corrected).all():
             ranks.plot(grid.steps, corrected, color=colour, ls="--", label=f"{name}, corrected")
-    ranks.set_yscale("log")
+    plain_log(ranks)
     dress(ranks, "Ranks, median of the layers", "step", "")
     ranks.legend(fontsize=8, frameon=False)
     figure.suptitle(f"{run_id}\n{quality_words(grid)}", fontsize=10)

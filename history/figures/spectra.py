@@ -62,7 +62,7 @@ def spectra(
         axis.legend(fontsize=7, frameon=False, loc="lower left")
     axes[0].set_ylabel("share of the variance", fontsize=9)
     lowest = min(_positive(one.share)[~np.isnan(_positive(one.share))].min() for one in found.values())
-    axes[0].set_ylim(bottom=max(lowest / 2, 1e-9))
+    axes[0].set_ylim(max(lowest / 2, 1e-9), 2)
     figure.suptitle(f"{run_id}\nspectra ({site}-activation), and the power law of the last step", fontsize=10)
     return figure
 
@@ -96,7 +96,7 @@ def cumulative_variance(
     axis = figure.subplots()
     width = max(one.width for one in found.values())
     for alpha, dash in zip(TEMPLATES, (":", "--", "-."), strict=True):
-        axis.plot(*template_cumulative(width, alpha), color="0.45", ls=dash, lw=1.2, label=f"k^−{alpha}")
+        axis.plot(*template_cumulative(width, alpha), color="0.45", ls=dash, lw=1.2, label=f"template α = {alpha}")
     for (layer, _), (colour, dash) in zip(sorted(found), line_styles(), strict=False):
         one = found[layer, last]
         axis.plot(one.index / one.width, one.cumulative, color=colour, ls=dash, lw=1.6, label=f"layer {layer}")

@@ -8,7 +8,7 @@ import numpy as np
 from ..measured import read_grid
 from ..session import History
 from ..width_points import WidthLaw, width_law, width_points
-from .drawing import OKABE_ITO, dress, new_figure, plain_log_ticks
+from .drawing import OKABE_ITO, dress, new_figure, plain_log, plain_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,6 @@ def rank_against_width(history: History, run_ids: Sequence[str], *, site: str = 
     grids = [read_grid(history, run_id, site) for run_id in run_ids]
     figure = new_figure(4.2)
     axis = figure.subplots()
-    axis.set_yscale("log")
     widths: list[float] = [point.width for point in width_points(grids, "hard_rank")] or [1.0]
     for (rank, name, marker), colour in zip(_SERIES, OKABE_ITO, strict=False):
         points = width_points(grids, rank)
@@ -45,6 +44,7 @@ def rank_against_width(history: History, run_ids: Sequence[str], *, site: str = 
         if law is not None:
             ends = np.array([min(x), max(x)])
             axis.plot(ends, np.exp(law.intercept) * ends**law.beta, color=colour, lw=1.2, ls="--")
+    plain_log(axis)
     plain_log_ticks(axis, widths)
     dress(axis, "", "width", "rank, median over layers")
     axis.legend(fontsize=8, frameon=False)
