@@ -54,8 +54,7 @@ class Grid(NamedTuple):
 
     def lately(self, column: str) -> Floats:
         """(L,) the median over the last quarter of the sampled steps, which one noisy step does not move."""
-        last = self.values[column][:, -max(1, len(self.steps) // 4) :]
-        return np.array([np.median(row[~np.isnan(row)]) if (~np.isnan(row)).any() else np.nan for row in last])
+        return medians(self.values[column][:, -max(1, len(self.steps) // 4) :])
 
 
 def read_grid(history: History, run_id: str, site: str = "post") -> Grid:
@@ -117,7 +116,7 @@ class Spectrum(NamedTuple):
     """One spectrum at chosen directions, as shares of the variance."""
 
     width: int
-    index: NDArray[np.int64]  # (K,) 1 … D, about evenly spaced in the logarithm
+    direction: NDArray[np.int64]  # (K,) 1 … D, about evenly spaced in the logarithm
     share: Floats  # (K,) p_k = λ_k / Σλ
     cumulative: Floats  # (K,) Σ_{i≤k} p_i
     alpha: float
@@ -185,6 +184,19 @@ def thinned(eigenvalues: NDArray[np.float32], points: int, expert: int | None = 
         slope, level = (float(one) for one in np.polyfit(x, y, 1))
         alpha = -slope
     return Spectrum(width, index, share_D[index - 1], np.cumsum(share_D)[index - 1], alpha, level, expert)
+
+
+def over_layers(values_LS: Floats) -> Floats:
+    """(S,) the median over the layers that have a value, NaN where none has."""
+    return medians(values_LS.T)
+
+
+def medians(rows: Floats) -> Floats:
+    """(A,) of (A, B): the median of what each row has, NaN where it has nothing."""
+    found = np.full(len(rows), np.nan)
+    known = ~np.isnan(rows).all(axis=1)
+    found[known] = np.nanmedian(rows[known], axis=1)
+    return found
 
 
 def evenly(count: int, most: int) -> NDArray[np.int64]:

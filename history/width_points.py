@@ -52,11 +52,15 @@ def width_points(grids: Sequence[Grid], rank: str) -> list[WidthPoint]:
 
 def width_law(widths: Sequence[float], ranks: Sequence[float]) -> WidthLaw | None:
     """Least squares of ln rank on ln width; None for fewer than two widths."""
-    from scipy.stats import linregress, t
+    from scipy.special import stdtrit
 
     if len(set(widths)) < 2:
         return None
-    fit = linregress(np.log(widths), np.log(ranks))
-    freedom = len(widths) - 2
-    interval = float(t.ppf(0.975, freedom) * fit.stderr) if freedom > 0 else None
-    return WidthLaw(float(fit.slope), interval, float(fit.rvalue**2), float(fit.intercept))
+    x, y = np.log(widths), np.log(ranks)
+    dx, dy = x - x.mean(), y - y.mean()
+    xx, yy, beta = float(dx @ dx), float(dy @ dy), float(dx @ dy / (dx @ dx))
+    unexplained = max(0.0, yy - beta**2 * xx)
+    freedom = len(x) - 2
+    interval = float(stdtrit(freedom, 0.975)) * (unexplained / freedom / xx) ** 0.5 if freedom > 0 else None
+    r2 = 1 - unexplained / yy if yy > 0 else 1.0
+    return WidthLaw(beta, interval, r2, float(y.mean() - beta * x.mean()))

@@ -1,7 +1,8 @@
 """Which layers waste their width, and since when: a verdict on each layer of a run, and the answer in words.
 
-A verdict counts once `COLLAPSE.window_samples` samples in a row agree, and begins with the first of them; collapse enters
-and leaves by the thresholds of its alert. It says what the records show so far, and nothing of what the layer would do with another width.
+A verdict counts once `COLLAPSE.window_samples` samples in a row agree, and begins with the first of them; collapse
+enters and leaves by the thresholds of its alert. It says what the records show so far, and nothing of what the layer
+would do with another width.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from ..schemas.thresholds import COLLAPSE
-from .measured import Grid
+from .measured import Grid, over_layers
 
 FRONT_LOADED_SHARE = 0.9
 """Of the variance in the first 10 % of directions: incipient collapse (Jha & Reagen 2025, power-law α ≥ 1.5)."""
@@ -56,7 +58,7 @@ def layer_uses(grid: Grid) -> list[LayerUse]:
         collapsed = few & (values["spectral_concentration"] >= COLLAPSE.concentration_enter)
         healthy = many | (values["spectral_concentration"] < COLLAPSE.concentration_leave)
         front_loaded = values["variance_10"] >= FRONT_LOADED_SHARE
-        behind = share_LS < BEHIND_RATIO * _median_of_layers(share_LS)
+        behind = share_LS < BEHIND_RATIO * over_layers(share_LS)
     if len(grid.layers) < PEERS_LEAST:
         behind = np.zeros_like(behind)
     signs = {
@@ -89,12 +91,14 @@ def held_since(enter: NDArray[np.bool_], leave: NDArray[np.bool_], window: int) 
         window: with fewer samples than that, all must agree.
     """
     window = min(window, len(enter))
+    if not window:
+        return None
+    enters, leaves = (sliding_window_view(flags, window).all(-1).tolist() for flags in (enter, leave))
     since: int | None = None
-    for end in range(window, len(enter) + 1 if window else 0):
-        recent = slice(end - window, end)
-        if since is None and enter[recent].all():
-            since = end - window
-        elif since is not None and leave[recent].all():
+    for begin, (enters_here, leaves_here) in enumerate(zip(enters, leaves, strict=True)):
+        if since is None and enters_here:
+            since = begin
+        elif since is not None and leaves_here:
             since = None
     return since
 
@@ -120,7 +124,7 @@ def answer(uses: list[LayerUse]) -> str:
 
 
 def named(layers: list[int]) -> str:
-    """"layer 3", "layers 0–2 and 5": runs of neighbours in short."""
+    """ "layer 3", "layers 0–2 and 5": runs of neighbours in short."""
     spans: list[list[int]] = []
     for layer in sorted(layers):
         if spans and layer == spans[-1][-1] + 1:
@@ -133,7 +137,7 @@ def named(layers: list[int]) -> str:
 
 
 def since(uses: list[LayerUse]) -> str:
-    """"since step 16", or "since step 16 to 40"."""
+    """ "since step 16", or "since step 16 to 40"."""
     steps = sorted({use.since_step for use in uses if use.since_step is not None})
     if len(steps) == 1:
         return f"since step {steps[0]}"
@@ -182,11 +186,6 @@ _SAID: dict[str, Callable[[list[LayerUse]], str]] = {
     FRONT_LOADED: _say_front_loaded,
     BEHIND: _say_behind,
 }
-
-
-def _median_of_layers(share_LS: NDArray[np.float64]) -> NDArray[np.float64]:
-    known = np.ma.masked_invalid(share_LS)
-    return np.asarray(np.ma.median(known, axis=0).filled(np.nan), dtype=np.float64)
 
 
 def _span(values: list[float]) -> str:

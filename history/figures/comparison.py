@@ -19,9 +19,7 @@ _PANELS = (
 )
 
 
-def comparison(
-    history: History, run_ids: Sequence[str], *, layer: int | None = None, site: str = "post"
-) -> "Figure":
+def comparison(history: History, run_ids: Sequence[str], *, layer: int | None = None, site: str = "post") -> "Figure":
     """Utilizations and concentration of several runs by step.
 
     Args:

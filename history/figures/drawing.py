@@ -7,7 +7,6 @@ directly, never through pyplot: nothing global is touched, any thread may draw.
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -70,5 +69,3 @@ def plain_log_ticks(axis: "Axes", values: Sequence[float]) -> None:
     low, high = min(values), max(values)
     margin = (high / low) ** 0.08 if high > low else 1.5
     axis.set_xlim(low / margin, high * margin)
-
-

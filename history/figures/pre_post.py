@@ -28,9 +28,7 @@ def pre_post(history: History, run_id: str) -> "Figure":
     heat, ranks = figure.subplots(1, 2)
     edges_y = np.arange(len(post.layers) + 1) - 0.5
     heat.set_facecolor(EMPTY_COLOUR)
-    mesh = heat.pcolormesh(
-        step_edges(post.steps), edges_y, divergence_LS, cmap="cividis", vmin=0, rasterized=True
-    )
+    mesh = heat.pcolormesh(step_edges(post.steps), edges_y, divergence_LS, cmap="cividis", vmin=0, rasterized=True)
     every = -(-len(post.layers) // 16)
     heat.set_yticks(range(0, len(post.layers), every), [str(layer) for layer in post.layers[::every]])
     dress(heat, "Jensen–Shannon divergence of the spectra", "step", "layer")

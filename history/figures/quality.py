@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..measured import Floats, Grid, read_grid
+from ..measured import Grid, over_layers, read_grid
 from ..session import History
 from .drawing import OKABE_ITO, dress, new_figure, plain_log
 
@@ -55,11 +55,6 @@ def data_quality(history: History, run_id: str, *, site: str = "post") -> "Figur
     ranks.legend(fontsize=8, frameon=False)
     figure.suptitle(f"{run_id}\n{quality_words(grid)}", fontsize=10)
     return figure
-
-
-def over_layers(values_LS: Floats) -> Floats:
-    """(S,) the median over the layers that have a value, NaN where none has."""
-    return np.asarray(np.ma.median(np.ma.masked_invalid(values_LS), axis=0).filled(np.nan), dtype=np.float64)
 
 
 def quality_words(grid: Grid) -> str:

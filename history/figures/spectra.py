@@ -51,14 +51,14 @@ def spectra(
         last = None
         for step, colour in zip(steps, colours, strict=True):
             if (spectrum := found.get((layer, step))) is not None:
-                axis.plot(spectrum.index, _positive(spectrum.share), color=colour, lw=1.4, label=f"step {step}")
+                axis.plot(spectrum.direction, _positive(spectrum.share), color=colour, lw=1.4, label=f"step {step}")
                 last = spectrum
         axis.set_xscale("log")
         axis.set_yscale("log")
         dress(axis, f"layer {layer}", "direction", "")
         if last is not None and not np.isnan(last.alpha):
-            fit = np.exp(last.level) * last.index**-last.alpha
-            axis.plot(last.index, fit, color="black", lw=1, ls="--", label=f"fit, α = {last.alpha:.2f}")
+            fit = np.exp(last.level) * last.direction**-last.alpha
+            axis.plot(last.direction, fit, color="black", lw=1, ls="--", label=f"fit, α = {last.alpha:.2f}")
         axis.legend(fontsize=7, frameon=False, loc="lower left")
     axes[0].set_ylabel("share of the variance", fontsize=9)
     lowest = min(_positive(one.share)[~np.isnan(_positive(one.share))].min() for one in found.values())
@@ -99,7 +99,7 @@ def cumulative_variance(
         axis.plot(*template_cumulative(width, alpha), color="0.45", ls=dash, lw=1.2, label=f"template α = {alpha}")
     for (layer, _), (colour, dash) in zip(sorted(found), line_styles(), strict=False):
         one = found[layer, last]
-        axis.plot(one.index / one.width, one.cumulative, color=colour, ls=dash, lw=1.6, label=f"layer {layer}")
+        axis.plot(one.direction / one.width, one.cumulative, color=colour, ls=dash, lw=1.6, label=f"layer {layer}")
     axis.axvline(0.1, color="0.7", lw=0.8)
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1.01)

@@ -37,8 +37,8 @@ def rank_against_width(history: History, run_ids: Sequence[str], *, site: str = 
         points = width_points(grids, rank)
         if not points:
             continue
-        x, y = [point.width for point in points], np.array([point.rank for point in points])
-        bars = [y - [point.lower for point in points], [point.upper for point in points] - y]
+        x, y = [point.width for point in points], [point.rank for point in points]
+        bars = [[point.rank - point.lower for point in points], [point.upper - point.rank for point in points]]
         law = width_law(x, y)
         axis.errorbar(x, y, yerr=bars, fmt=marker, color=colour, capsize=3, ms=5, label=f"{name}{slope_text(law)}")
         if law is not None:
@@ -53,7 +53,7 @@ def rank_against_width(history: History, run_ids: Sequence[str], *, site: str = 
 
 
 def slope_text(law: WidthLaw | None) -> str:
-    """": β 0.61 ± 0.40, R² 0.70", or nothing where there is no line."""
+    """ ": β 0.61 ± 0.40, R² 0.70", or nothing where there is no line."""
     if law is None:
         return ""
     interval = "" if law.beta_ci95 is None else f" ± {law.beta_ci95:.2f}"

@@ -88,7 +88,7 @@ def _worst(reading: Reading) -> int:
 
 def _spectra(found: dict[tuple[int, int], Spectrum]) -> dict[str, Any]:
     """By "layer/step"; the directions stand once for each width."""
-    directions = {str(one.width): one.index.tolist() for one in found.values()}
+    directions = {str(one.width): one.direction.tolist() for one in found.values()}
     items = {
         f"{layer}/{step}": [
             one.width,

@@ -3,7 +3,17 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..measured import SPECTRUM_POINTS, Grid, Spectrum, evenly, has_site, observed_site, read_grid, read_spectra, spectrum_steps
+from ..measured import (
+    SPECTRUM_POINTS,
+    Grid,
+    Spectrum,
+    evenly,
+    has_site,
+    observed_site,
+    read_grid,
+    read_spectra,
+    spectrum_steps,
+)
 from ..session import History
 from ..width_use import LayerUse, layer_uses
 
