@@ -55,6 +55,7 @@ def spectra(
                 last = spectrum
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.minorticks_off()
         dress(axis, f"layer {layer}", "direction", "")
         if last is not None and not np.isnan(last.alpha):
             fit = np.exp(last.level) * last.direction**-last.alpha
