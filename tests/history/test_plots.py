@@ -274,11 +274,13 @@ def test_runs_are_compared_by_step_over_their_layers_or_for_one(runs: History) -
         figures.comparison(runs, ["wide"], layer=7)
 
 
-def test_all_figures_of_a_run_are_written_as_png_and_svg_and_alike_each_time(runs: History, tmp_path: Path) -> None:
-    written = write_figures(runs, ["narrow"], tmp_path / "a")
-    names = [f"{name}-narrow" for name in ("heatmaps", "data-quality", "spectra", "cumulative-variance")]
-    assert [path.name for path in written] == [f"{name}.{suffix}" for name in names for suffix in ("png", "svg")]
-    for path in written:
-        assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
-    for again in write_figures(runs, ["narrow"], tmp_path / "b"):
-        assert again.read_bytes() == (tmp_path / "a" / again.name).read_bytes()
+def test_what_a_run_has_the_data_for_is_written_as_png_and_svg_and_alike_each_time(tmp_path: Path) -> None:
+    write(tmp_path / "store", "r", "records", *training())
+    with open_history(tmp_path / "store") as history:
+        written = write_figures(history, ["r"], tmp_path / "a")
+        again = write_figures(history, ["r"], tmp_path / "b")
+    names = ["heatmaps-r.png", "heatmaps-r.svg", "data-quality-r.png", "data-quality-r.svg"]
+    assert [path.name for path in written] == names
+    for first, second in zip(written, again, strict=True):
+        assert first.read_bytes().startswith(b"\x89PNG" if first.suffix == ".png" else b"<?xml")
+        assert first.read_bytes() == second.read_bytes()

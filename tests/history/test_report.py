@@ -12,7 +12,7 @@ import pytest
 from eigenwatch.history import open_history
 from eigenwatch.history.measured import COLUMNS, Grid, thinned
 from eigenwatch.history.report import Reading, read_run, report_html
-from eigenwatch.history.report.payload import CELLS_MOST, payload
+from eigenwatch.history.report.payload import CELLS_MOST, as_json, payload
 from eigenwatch.history.report.reading import SPECTRA_MOST
 from eigenwatch.history.width_use import layer_uses
 
@@ -82,6 +82,12 @@ def test_what_comes_from_the_store_is_text_and_nothing_else(store: Path) -> None
     assert not [element for element in page.elements if element[0] == "img" or "onerror" in element[1]]
     assert len(page.scripts) == 3
     assert page.data["runs"][0]["id"] == "bad"
+
+
+def test_data_cannot_end_the_element_that_holds_it() -> None:
+    text = as_json({HOSTILE: HOSTILE})
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {HOSTILE: HOSTILE}
 
 
 def test_only_its_own_two_scripts_may_run_and_nothing_may_be_loaded(store: Path) -> None:

@@ -212,7 +212,7 @@
     const traces = Object.entries(data.templates[width] ?? {}).map(([alpha, [tx, ty]], place) =>
       line(`template α = ${alpha}`, tx, ty, 0, { line: { color: grey, width: 1.2, dash: ["dot", "dash", "dashdot"][place] }, hoverinfo: "skip", hovertemplate: undefined }));
     const others = which.layers.filter((layer) => layer !== chosen.layer && spectrumAt(which.spectra, layer, step));
-    others.forEach((layer, place) => {
+    few(others.length, 12).map((index) => others[index]).forEach((layer, place) => {
       const [other, , curve] = spectrumAt(which.spectra, layer, step);
       traces.push(line("other layers", which.spectra.directions[other].map((direction) => direction / other), curve, 5,
         { line: { color: colour(5), width: 0.7 }, opacity: 0.7, hoverinfo: "skip", hovertemplate: undefined, showlegend: place === 0, legendgroup: "others" }));
