@@ -25,11 +25,14 @@ setup: .venv/installed
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores, as pip does not; what cannot be is no code
 	touch $@
 
-# promtool and Prometheus are Debian packages; without root the tests that need them say so.
+# promtool, Prometheus and Chromium are Debian packages; without root the tests that need them say so.
 tools:
 	@command -v promtool >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y prometheus >/dev/null; } \
 	  || echo "promtool is missing: install Debian's package 'prometheus' to run every test"
+	@command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium chromium-driver >/dev/null; } \
+	  || echo "chromium is missing: install Debian's packages 'chromium' and 'chromium-driver' to run every test"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import click
 
 VERBS = ("compact", "dashboards", "demo", "doctor", "fit", "query", "serve")
 VERBS = ("compact", "dashboards", "demo", "doctor", "export", "query", "serve", "watch")
+VERBS = ("compact", "dashboards", "demo", "doctor", "query", "report", "serve")
 
 
 class Verbs(click.Group):

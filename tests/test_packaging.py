@@ -82,7 +82,7 @@ def test_a_wheel_holds_the_code_and_data_of_every_room_and_nothing_else(wheel):
         sources = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / room).rglob("*.py")}
         assert {f"eigenwatch/{name}" for name in sources} <= names
         assert f"eigenwatch/{room}/py.typed" in names
-    for suffix in (".sql", ".json", ".yml"):
+    for suffix in (".sql", ".json", ".yml", ".html", ".css", ".js", ".LICENSE"):
         data = {
             f"eigenwatch/{path.relative_to(REPOSITORY)}"
             for room in ROOMS
@@ -90,7 +90,11 @@ def test_a_wheel_holds_the_code_and_data_of_every_room_and_nothing_else(wheel):
         }
         assert data
         assert data <= names
-    assert {"eigenwatch/schemas/views.sql", "eigenwatch/deploy/prometheus/rules.yml"} <= names
+    assert {
+        "eigenwatch/schemas/views.sql",
+        "eigenwatch/deploy/prometheus/rules.yml",
+        "eigenwatch/history/report/static/report.js",
+    } <= names
     assert {name.split("/")[1] for name in names if name.startswith("eigenwatch/")} == set(ROOMS)
     assert not [name for name in names if "test" in name.split("/")[0] or "__pycache__" in name]
     assert any(name.endswith("licenses/LICENSE") for name in names)

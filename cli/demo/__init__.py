@@ -176,7 +176,7 @@ def _show_alerts(console: Console, history: History, run_id: str) -> None:
 
 
 def _draw(console: Console, history: History, run_id: str, store: Path) -> Path | None:
-    from ...history.plots import layer_step_heatmaps
+    from ...history.figures import layer_step_heatmaps
 
     path = store / f"run_id={run_id}" / "heatmaps.png"
     try:

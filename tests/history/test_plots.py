@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from eigenwatch.history import open_history
-from eigenwatch.history.plots import LOWEST_UTILIZATION, layer_step_heatmaps, step_edges
+from eigenwatch.history import History, figures, open_history
+from eigenwatch.history.figures import layer_step_heatmaps
+from eigenwatch.history.figures.files import write_figures
+from eigenwatch.history.figures.heatmaps import LOWEST_UTILIZATION, step_edges
+from matplotlib.lines import Line2D
 
+from tests.history.reported import collapsing, train
 from tests.history.stored import NOT_FINITE, record, write
 
 STEPS = (0, 10, 20, 100)
@@ -143,7 +148,7 @@ def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
     script = f"""
 import sys
 from eigenwatch.history import open_history
-from eigenwatch.history.plots import layer_step_heatmaps
+from eigenwatch.history.figures import layer_step_heatmaps
 assert "matplotlib" not in sys.modules
 layer_step_heatmaps(open_history({str(tmp_path)!r}), "r").savefig({str(tmp_path / "r.png")!r})
 assert "matplotlib.pyplot" not in sys.modules
@@ -159,3 +164,123 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path: Path, monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'eigenwatch\[report\]'"):
         drawn(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[History]:
+    """Power-law spectra: `narrow` collapses, `wide` is twice as wide and has both sites."""
+    store = tmp_path_factory.mktemp("store")
+    train(store, "narrow", collapsing)
+    train(store, "wide", width=128, pre=True)
+    with open_history(store) as history:
+        yield history
+
+
+def lines(axes) -> dict[str, Line2D]:
+    return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def test_spectra_are_drawn_on_log_axes_with_the_power_law_of_the_last_step(runs: History) -> None:
+    figure = figures.spectra(runs, "narrow", layers=[1, 3], steps=[0, 50])
+    first, second = figure.axes
+    assert (first.get_title(), second.get_title()) == ("layer 1", "layer 3")
+    assert (first.get_xscale(), first.get_yscale()) == ("log", "log")
+    assert list(lines(first)) == ["step 0", "step 50", "fit, α = 1.10"]
+    x, y = lines(second)["step 0"].get_data()
+    np.testing.assert_allclose(y / y[0], x**-0.8, rtol=1e-5)
+    x, y = lines(second)["fit, α = 0.90"].get_data()
+    np.testing.assert_allclose(y, lines(second)["step 50"].get_ydata(), rtol=1e-3)
+
+
+def test_spectra_that_are_not_stored_are_an_error_that_says_so(runs: History, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no spectra of run 'narrow', site 'post', layers \[9\], steps \[0\]"):
+        figures.spectra(runs, "narrow", layers=[9], steps=[0])
+    write(tmp_path, "r", "records", record(0))
+    with open_history(tmp_path) as history, pytest.raises(ValueError, match="no spectra of run 'r' at site 'post'"):
+        figures.cumulative_variance(history, "r")
+
+
+def test_cumulative_variance_lies_among_the_templates(runs: History) -> None:
+    (axes,) = figures.cumulative_variance(runs, "narrow", layers=[0, 1]).axes
+    drawn = lines(axes)
+    assert list(drawn) == ["template α = 0.8", "template α = 1.2", "template α = 1.5", "layer 0", "layer 1"]
+
+    def upper(name: str) -> float:
+        return float(np.interp(0.1, *drawn[name].get_data()))
+
+    assert upper("template α = 0.8") < upper("layer 1") < upper("template α = 1.2") < upper("layer 0")
+    assert drawn["layer 1"].get_ydata()[-1] == pytest.approx(1)
+
+
+def test_rank_against_width_has_a_point_a_run_and_the_slopes_in_its_legend(runs: History) -> None:
+    (axes,) = figures.rank_against_width(runs, ["narrow", "wide"]).axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [name.split(":")[0] for name in names] == ["soft rank", "effective dimension", "hard rank"]
+    assert all("β" in name and "±" not in name for name in names), "two points have no interval"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "128"]
+    assert len(axes.containers) == 3
+
+
+def test_one_width_has_points_and_no_slope(runs: History) -> None:
+    (axes,) = figures.rank_against_width(runs, ["narrow"]).axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == [
+        "soft rank",
+        "effective dimension",
+        "hard rank",
+    ]
+
+
+def test_both_sites_of_the_nonlinearity_are_drawn(runs: History) -> None:
+    heat, ranks, _ = figures.pre_post(runs, "wide").axes
+    np.testing.assert_allclose(cells(heat)[:, 0], [0.02, 0.04, 0.06, 0.08])
+    drawn = lines(ranks)
+    assert list(drawn) == ["soft rank, pre", "soft rank, post", "hard rank, pre", "hard rank, post"]
+    assert (drawn["soft rank, pre"].get_ydata() > drawn["soft rank, post"].get_ydata()).all()
+
+
+def test_a_run_of_one_site_has_no_comparison_of_sites(runs: History) -> None:
+    with pytest.raises(ValueError, match="no records of run 'narrow' at site 'pre'"):
+        figures.pre_post(runs, "narrow")
+
+
+def test_data_quality_shows_what_is_incomplete_and_the_corrected_ranks(runs: History, tmp_path: Path) -> None:
+    complete, tokens, ranks = figures.data_quality(runs, "wide").axes
+    assert [text.get_text() for text in complete.get_legend().get_texts()] == ["complete"]
+    assert lines(tokens)["median of the layers"].get_ydata().tolist() == [4.0] * 6
+    drawn = lines(ranks)
+    np.testing.assert_allclose(
+        drawn["hard rank, corrected"].get_ydata(), 1.1 * drawn["hard rank, raw"].get_ydata(), rtol=1e-6
+    )
+    write(tmp_path, "r", "records", record(0), record(10, complete=False), record(20, **NOT_FINITE))
+    with open_history(tmp_path) as history:
+        figure = figures.data_quality(history, "r")
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["complete", "incomplete", "not finite"]
+    assert "3 records, 1 incomplete, 1 not finite; 4 tokens per width" in figure.get_suptitle()
+
+
+def test_runs_are_compared_by_step_over_their_layers_or_for_one(runs: History) -> None:
+    figure = figures.comparison(runs, ["narrow", "wide"])
+    assert [axes.get_title() for axes in figure.axes] == [
+        "Hard utilization",
+        "Soft utilization",
+        "Spectral concentration",
+    ]
+    assert list(lines(figure.axes[0])) == ["narrow", "wide"]
+    of_layer = lines(figures.comparison(runs, ["narrow", "wide"], layer=0).axes[2])
+    assert of_layer["narrow"].get_ydata()[-1] > 0.95 > of_layer["wide"].get_ydata()[-1]
+    with pytest.raises(ValueError, match=r"run 'wide' has no layer 7, its layers are \[0, 1, 2, 3\]"):
+        figures.comparison(runs, ["wide"], layer=7)
+
+
+def test_what_a_run_has_the_data_for_is_written_as_png_and_svg_and_alike_each_time(tmp_path: Path) -> None:
+    write(tmp_path / "store", "r", "records", *training())
+    with open_history(tmp_path / "store") as history:
+        written = write_figures(history, ["r"], tmp_path / "a")
+        again = write_figures(history, ["r"], tmp_path / "b")
+    names = ["heatmaps-r.png", "heatmaps-r.svg", "data-quality-r.png", "data-quality-r.svg"]
+    assert [path.name for path in written] == names
+    for first, second in zip(written, again, strict=True):
+        assert first.read_bytes().startswith(b"\x89PNG" if first.suffix == ".png" else b"<?xml")
+        assert first.read_bytes() == second.read_bytes()

@@ -1,7 +1,4 @@
-"""The paper's pictures of one run, as matplotlib figures: for a file, a report or a notebook.
-
-matplotlib is the extra `report`, so it is imported when the first picture is drawn. Figures are made
-directly, never through pyplot: nothing global is touched, any thread may draw.
+"""Layer × step: how every layer uses its width over training.
 
 Trouble is dark where utilization is drawn and bright, hot, where concentration is. The colours are
 perceptually uniform and safe for the colour-blind.
@@ -13,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .session import History
+from ..measured import Grid, read_grid
+from ..session import History
+from .drawing import EMPTY_COLOUR, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 LOWEST_UTILIZATION = 1e-5
 """Where the logarithmic colours end; below it, zero included, a cell has the darkest colour."""
-EMPTY_COLOUR, HATCH_COLOUR, HATCH = "0.88", "0.35", "////"
+HATCH_COLOUR, HATCH = "0.35", "////"
 
 
 class _Panel(NamedTuple):
@@ -57,15 +56,8 @@ def layer_step_heatmaps(history: History, run_id: str, *, site: str = "post") ->
 
     Source: Jha & Reagen 2025, the layer×step figures.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError:
-        raise ImportError("pictures need matplotlib: pip install 'eigenwatch[report]'") from None
-
-    grid = _grid(history, run_id, site)
-    layout = ConstrainedLayoutEngine(wspace=0.05)
-    figure = Figure(figsize=(10, _height_inches(len(grid.layers))), dpi=100, layout=layout)
+    grid = read_grid(history, run_id, site)
+    figure = new_figure(_height_inches(len(grid.layers)))
     axes = figure.subplots(1, len(_PANELS), sharey=True, squeeze=False)[0]
     for axis, panel in zip(axes, _PANELS, strict=True):
         _draw(figure, axis, panel, grid)
@@ -77,48 +69,7 @@ def layer_step_heatmaps(history: History, run_id: str, *, site: str = "post") ->
     return figure
 
 
-class _Grid(NamedTuple):
-    """The records of a run as layer × step arrays."""
-
-    layers: NDArray[np.int64]  # (L,)
-    steps: NDArray[np.int64]  # (S,)
-    values: dict[str, NDArray[np.float64]]  # column → (L, S), NaN where null
-    recorded: NDArray[np.bool_]  # (L, S)
-    experts: bool
-
-    @property
-    def missing(self) -> NDArray[np.bool_]:
-        return ~self.recorded
-
-    @property
-    def not_finite(self) -> NDArray[np.bool_]:
-        return self.recorded & np.isnan(self.values[_PANELS[0].column])
-
-
-def _grid(history: History, run_id: str, site: str) -> _Grid:
-    medians = ", ".join(f"median({panel.column}) AS {panel.column}" for panel in _PANELS)
-    table = history.query(
-        f"SELECT layer, step, count(expert) > 0 AS experts, {medians} FROM records "
-        "WHERE run_id = ? AND site = ? GROUP BY layer, step",
-        [run_id, site],
-    )
-    if table.num_rows == 0:
-        known = history.query("SELECT DISTINCT run_id FROM records ORDER BY run_id LIMIT 10")
-        names = ", ".join(known.column("run_id").to_pylist()) or "no records yet"
-        raise ValueError(f"no records of run {run_id!r} at site {site!r}; the store has {names}")
-    layers, rows = np.unique(table.column("layer").to_numpy(), return_inverse=True)
-    steps, columns = np.unique(table.column("step").to_numpy(), return_inverse=True)
-    recorded = np.zeros((len(layers), len(steps)), dtype=bool)
-    recorded[rows, columns] = True
-    values = {}
-    for panel in _PANELS:
-        value_LS = np.full(recorded.shape, np.nan)
-        value_LS[rows, columns] = table.column(panel.column).to_numpy()
-        values[panel.column] = value_LS
-    return _Grid(layers, steps, values, recorded, any(table.column("experts").to_pylist()))
-
-
-def _draw(figure: "Figure", axis: "Axes", panel: _Panel, grid: _Grid) -> None:
+def _draw(figure: "Figure", axis: "Axes", panel: _Panel, grid: Grid) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     edges_x = step_edges(grid.steps)
@@ -191,7 +142,7 @@ def _concentration_scale() -> tuple["Normalize", list[float]]:
     return Normalize(0, 1), [0, 0.25, 0.5, 0.75, 1]
 
 
-def _explain_empty_cells(figure: "Figure", grid: _Grid) -> None:
+def _explain_empty_cells(figure: "Figure", grid: Grid) -> None:
     from matplotlib.patches import Patch
 
     keys = []
