@@ -14,6 +14,7 @@ stay what they are), and DuckDB skips the files of other runs when the query ask
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files as resource_files
 from string import Template
 
@@ -51,6 +52,7 @@ def view_statements(files: Mapping[str, list[str]]) -> list[str]:
     return [Template(view).substitute(sources) for view in _statements("views.sql")] + _statements("macros.sql")
 
 
+@cache
 def table_macros() -> frozenset[str]:
     """The names of the macros that stand in FROM."""
     found = (_TABLE_MACRO.match(statement) for statement in _statements("macros.sql"))
@@ -66,6 +68,7 @@ def sql_literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+@cache
 def _statements(name: str) -> list[str]:
     text = (resource_files(__package__) / name).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("--")]
