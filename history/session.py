@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ..schemas import STORE_VARIABLE, TABLES, default_store
 from ..schemas.store import LocalStore, Store, stores_at
-from ..schemas.views import glob_literal, sql_literal, view_statements
+from ..schemas.views import glob_literal, macro_statements, sql_literal, view_statements
 from .asked import asked_runs
 from .guard import check_statement, time_limit
 from .object_files import object_files
@@ -62,8 +62,9 @@ class History:
             )
         self._connection = _sandbox(self.stores)
         self._timeout_seconds = timeout_seconds
-        self._statements: list[str] = []
-        """That have defined the views and macros as they are now."""
+        self._views: list[str] = []
+        """What has defined the views as they are now."""
+        self._has_macros = False
 
     @property
     def connection(self) -> duckdb.DuckDBPyConnection:
@@ -77,7 +78,7 @@ class History:
     @property
     def views(self) -> list[str]:
         """What defines the views over the files as they are now, and the macros, for any other DuckDB."""
-        return view_statements(self._files(None))
+        return view_statements(self._files(None)) + macro_statements()
 
     def query(self, sql: str, parameters: list[Any] | dict[str, Any] | None = None) -> pa.Table:
         """The result of one statement that only reads. Times are UTC.
@@ -125,12 +126,16 @@ class History:
 
     def _define(self, runs: frozenset[str] | None) -> None:
         """The views over the files of these runs, or all; again whenever the files that count are others."""
-        statements = view_statements(self._files(runs))
-        if statements != self._statements:
-            self._statements = []
-            for statement in statements:
+        views = view_statements(self._files(runs))
+        if views != self._views:
+            self._views = []
+            for statement in views:
                 self._connection.execute(statement)
-            self._statements = statements
+            self._views = views
+        if not self._has_macros:
+            for statement in macro_statements():
+                self._connection.execute(statement)
+            self._has_macros = True
 
     def _files(self, runs: frozenset[str] | None) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {table: [] for table in TABLES}

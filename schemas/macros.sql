@@ -3,19 +3,21 @@
 -- runs are opened. The others are named `at_site`, `of_layer`, …, since DuckDB takes a parameter that is named as a column
 -- for the column. docs/sql.md has the columns and an example of each.
 
--- The shares p of a spectrum, which sum to 1; all 0 where it has no variance. The total is the parameter of a lambda of
--- its own, since DuckDB would sum the list again for each of its elements.
+-- The shares p of a spectrum, which sum to 1; all of it in the first direction where there is no variance. The total is the
+-- parameter of a lambda of its own, since DuckDB would sum the list again for each of its elements.
 CREATE OR REPLACE MACRO variance_shares(eigenvalues) AS
 list_extract(list_transform(
-    [nullif(list_sum(CAST(eigenvalues AS DOUBLE[])), 0)],
-    lambda total: list_transform(CAST(eigenvalues AS DOUBLE[]), lambda value: coalesce(value / total, 0))
+    [list_sum(CAST(eigenvalues AS DOUBLE[]))],
+    lambda total: list_transform(
+        CAST(eigenvalues AS DOUBLE[]),
+        lambda value, k: CASE WHEN total = 0 THEN CAST(k = 1 AS DOUBLE) ELSE value / total END
+    )
 ), 1);
 
 -- The rank of any order of a spectrum: exp of the Rényi entropy of its shares. 1 is the soft rank, 2 the hard rank,
--- 'infinity' one over the largest share; 1 where there is no variance. The higher the order, the less the tail counts.
+-- 'infinity' one over the largest share. The higher the order, the less the tail counts.
 CREATE OR REPLACE MACRO renyi_rank(eigenvalues, rank_order) AS
 CASE
-    WHEN list_sum(eigenvalues) = 0 THEN 1.0
     WHEN rank_order = 1 THEN exp(-list_sum(list_transform(
         variance_shares(eigenvalues), lambda p: CASE WHEN p > 0 THEN p * ln(p) ELSE 0 END
     )))
@@ -38,7 +40,7 @@ CASE
         2.200985, 2.178813, 2.160369, 2.144787, 2.131450, 2.119905, 2.109816, 2.100922, 2.093024, 2.085963,
         2.079614, 2.073873, 2.068658, 2.063899, 2.059539, 2.055529, 2.051831, 2.048407, 2.045230, 2.042272
     ], CAST(degrees AS INTEGER))
-    ELSE 1.959964 + 2.372271 / degrees + 2.822499 / (degrees * degrees)
+    ELSE 1.959964 + 2.372271 / degrees + 2.822499 / pow(degrees, 2) + 2.555850 / pow(degrees, 3)
 END;
 
 -- One row a layer, expert and metric: the middle, spread and course of it over all its samples.

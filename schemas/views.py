@@ -38,7 +38,7 @@ _SQL_TYPES = {
 
 
 def view_statements(files: Mapping[str, list[str]]) -> list[str]:
-    """The statements that create or replace the views over these files, then the macros; no closing semicolons.
+    """The statements that create or replace the views over these files, without closing semicolons.
 
     Args:
         files: by table, the path or URI of each; a table without any gets an empty view.
@@ -49,7 +49,12 @@ def view_statements(files: Mapping[str, list[str]]) -> list[str]:
     settled, unsettled = _by_run(files.get("records", []))
     sources = {table: _rows(files.get(table, []), schema) for table, schema in TABLES.items()}
     sources |= {"settled": _rows(settled, TABLES["records"]), "unsettled": _rows(unsettled, TABLES["records"])}
-    return [Template(view).substitute(sources) for view in _statements("views.sql")] + _statements("macros.sql")
+    return [Template(view).substitute(sources) for view in _statements("views.sql")]
+
+
+def macro_statements() -> list[str]:
+    """Those that create or replace the macros, once the views are there."""
+    return list(_statements("macros.sql"))
 
 
 @cache

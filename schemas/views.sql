@@ -15,26 +15,18 @@ SELECT * FROM $eigenvalues;
 -- that the run kept. A shard that was away may write late what it had heard before another took its layers over.
 -- A restart goes back to a checkpoint and abandons what came after it, so an attempt is hidden from the first step
 -- of any later attempt on, even at steps which the later one has not reached yet.
+-- A row is of the newest attempt that has come as far as its step, or it is hidden.
 -- Of $settled runs compaction has found that there is nothing to hide, which spares them all this.
 CREATE OR REPLACE VIEW records AS
 SELECT * FROM $settled
 UNION ALL
-SELECT record.* FROM (
+SELECT * FROM (
     SELECT * FROM $unsettled
     QUALIFY row_number() OVER (
         PARTITION BY run_id, attempt, step, layer, site, expert ORDER BY ranks_seen DESC, written_at DESC
     ) = 1
-) AS record
-JOIN (
-    SELECT run_id, attempt, min(first_step) OVER (
-        PARTITION BY run_id ORDER BY attempt RANGE BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING
-    ) AS abandoned_from
-    FROM (SELECT run_id, attempt, min(step) AS first_step FROM $unsettled GROUP BY run_id, attempt)
-) AS timeline ON (
-    record.run_id = timeline.run_id
-    AND record.attempt = timeline.attempt
-    AND (timeline.abandoned_from IS NULL OR record.step < timeline.abandoned_from)
-);
+)
+QUALIFY attempt = max(attempt) OVER (PARTITION BY run_id ORDER BY step);
 
 -- The spectra of exactly the rows of `records`: the aggregator writes both with one written_at.
 CREATE OR REPLACE VIEW eigenvalues AS
