@@ -62,8 +62,8 @@ class History:
             )
         self._connection = _sandbox(self.stores)
         self._timeout_seconds = timeout_seconds
-        self._views: list[str] = []
-        """What has defined the views as they are now."""
+        self._shown: dict[str, list[str]] | None = None
+        """The files that the views name now."""
         self._has_macros = False
 
     @property
@@ -102,11 +102,11 @@ class History:
             raise ValueError(f"out of memory: {str(error).strip()} {FEWER}") from None
 
     def pandas(self, sql: str, parameters: list[Any] | dict[str, Any] | None = None) -> "pandas.DataFrame":
-        """The same as a pandas DataFrame."""
+        """The same as a pandas DataFrame; pandas must be installed."""
         return self.query(sql, parameters).to_pandas()
 
     def polars(self, sql: str, parameters: list[Any] | dict[str, Any] | None = None) -> "polars.DataFrame":
-        """The same as a polars DataFrame."""
+        """The same as a polars DataFrame; `pip install 'eigenwatch[polars]'`."""
         import polars
 
         frame = polars.from_arrow(self.query(sql, parameters))
@@ -126,12 +126,12 @@ class History:
 
     def _define(self, runs: frozenset[str] | None) -> None:
         """The views over the files of these runs, or all; again whenever the files that count are others."""
-        views = view_statements(self._files(runs))
-        if views != self._views:
-            self._views = []
-            for statement in views:
+        files = self._files(runs)
+        if files != self._shown:
+            self._shown = None
+            for statement in view_statements(files):
                 self._connection.execute(statement)
-            self._views = views
+            self._shown = files
         if not self._has_macros:
             for statement in macro_statements():
                 self._connection.execute(statement)
