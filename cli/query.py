@@ -1,9 +1,13 @@
 """`eigenwatch query`: one SQL statement over the history, as a table for people, or JSON, CSV, Parquet."""
 
+import contextlib
 import csv
 import json
 import math
+import os
+import resource
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -24,6 +28,10 @@ ROWS_SHOWN = 200
 CELL_CHARACTERS = 48
 LIST_ITEMS_SHOWN = 4
 BETWEEN_COLUMNS = 3
+MEMORY_BYTES = 3 << 30
+"""Of a query and its result: DuckDB's own limit, and a third for what that does not count."""
+GRACE_SECONDS = 10.0
+"""How long after its time a query that is interrupted may take to stop."""
 NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
 
 EPILOG = """
@@ -35,10 +43,19 @@ Views:
   alerts       each alert in its current state
   runs         each attempt of each run
 \b
+Macros, in FROM (columns and examples: docs/sql.md):
+  layer_summary('RUN')          middle, quartiles, last value and trend of each layer
+  compare('RUN', 'RUN')         two runs side by side, by step
+  width_law(['RUN', …])         how ranks grow with the width: beta, 95 % interval, R²; utilization_law
+  spectrum('RUN', LAYER, STEP)  one row an eigenvalue
+  alert_evidence('ALERT')       the records and spectra behind an alert
+  recompute(['RUN', …])         spectra as shares p, for a metric of your own; renyi_rank(p, order)
+\b
 Examples:
   eigenwatch query "DESCRIBE records"
   eigenwatch query "SELECT layer, median(effective_dimension) FROM records
                     WHERE run_id = 'llama-130m' AND step > 5000 GROUP BY layer ORDER BY layer"
+  eigenwatch query "FROM layer_summary('llama-130m') WHERE metric = 'hard_rank'"
   eigenwatch query "FROM alerts WHERE state = 'firing'" --json
   eigenwatch query --emit-sql > views.sql && duckdb -init views.sql
 """
@@ -46,12 +63,36 @@ Examples:
 
 @click.command("query", epilog=EPILOG)
 @click.argument("sql", required=False)
-@click.option("--store", metavar="STORE", help="Folder or s3://BUCKET/PREFIX.  [$EIGENWATCH_STORE, ./eigenwatch-store]")
+@click.option(
+    "--store",
+    metavar="STORE",
+    help="Folder, 'PATTERN' of folders, or s3://BUCKET/PREFIX.  [$EIGENWATCH_STORE, ./eigenwatch-store]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array of objects.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @click.option("--parquet", type=click.Path(dir_okay=False), help="Write a Parquet file instead of printing.")
-@click.option("--emit-sql", is_flag=True, help="Print the views over the files as they are now, for a DuckDB shell.")
-def query(sql: str | None, store: str | None, as_json: bool, as_csv: bool, parquet: str | None, emit_sql: bool) -> None:
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Stop a query that takes longer.",
+)
+@click.option(
+    "--emit-sql",
+    is_flag=True,
+    help="Print the views over the files as they are now, and the macros, for a DuckDB shell.",
+)
+def query(
+    sql: str | None,
+    store: str | None,
+    as_json: bool,
+    as_csv: bool,
+    parquet: str | None,
+    timeout: float,
+    emit_sql: bool,
+) -> None:
     """Run one SQL statement over the store; it can only read. SQL of - is read from standard input."""
     if emit_sql + as_json + as_csv + (parquet is not None) > 1:
         raise click.UsageError("choose one of --json, --csv, --parquet and --emit-sql")
@@ -60,7 +101,7 @@ def query(sql: str | None, store: str | None, as_json: bool, as_csv: bool, parqu
             "--emit-sql takes no SQL" if emit_sql else 'give an SQL statement, such as "DESCRIBE records"'
         )
     try:
-        with open_history(store) as history:
+        with open_history(store, timeout_seconds=timeout) as history, _limits(timeout):
             if sql is None:
                 click.echo(";\n\n".join(history.views) + ";")
                 return
@@ -75,6 +116,36 @@ def query(sql: str | None, store: str | None, as_json: bool, as_csv: bool, parqu
             _print_table(table)
     except (ValueError, pa.ArrowException) as error:
         raise click.ClickException(str(error)) from None
+
+
+@contextlib.contextmanager
+def _limits(timeout_seconds: float) -> Iterator[None]:
+    """What DuckDB's own limits do not hold: its lists and texts are not in its memory limit, and a single expression
+    is not interrupted. So the kernel refuses memory, and a process that does not stop ends itself."""
+    giving_up = threading.Timer(timeout_seconds + GRACE_SECONDS, _give_up, [timeout_seconds])
+    giving_up.daemon = True
+    giving_up.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = _data_bytes() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        giving_up.cancel()
+        giving_up.join()
+
+
+def _data_bytes() -> int:
+    """What the process has of its own."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
+
+
+def _give_up(seconds: float) -> None:
+    message = f"Error: stopped after {seconds:g} seconds, in one expression that could not be interrupted"
+    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(1)
 
 
 def _write_parquet(table: pa.Table, path: str) -> None:

@@ -22,8 +22,9 @@ Why no reader ever misses a row or sees one twice:
    so let one at a time run there.
 
 Rows are laid out by layer, site, expert and step, in row groups of a few MB, so that the smallest and greatest values
-that Parquet keeps of each let a question about one layer skip the rest. Retention drops spectra by the same one act:
-a merged part without them replaces the parts that have them.
+that Parquet keeps of each let a question about one layer skip the rest. A part of records that has one attempt and each
+key once says so in its name: the view `records` then shows its rows as they are. Retention drops spectra by the same
+one act: a merged part without them replaces the parts that have them.
 """
 
 from __future__ import annotations
@@ -239,8 +240,15 @@ def _replace(
     data = encode(table, place.table, replaces=_with_what_they_replace(names, found.dead))
     if not names.issubset(store.live(place.run_id).get(place, [])):
         raise ValueError(f"another compaction of {store.uri} is under way: let one at a time run")
-    store.put(f"{place.folder}/{merged_name(names, clock())}", data)
+    settled = place.table == "records" and _is_settled(table)
+    store.put(f"{place.folder}/{merged_name(names, clock(), settled=settled)}", data)
     return rows - int(table.num_rows)
+
+
+def _is_settled(records: pa.Table) -> bool:
+    """Whether the view `records` shows all of them: one attempt, and no second revision of any."""
+    keys = records.group_by(["step", "layer", "site", "expert"]).aggregate([])
+    return bool(keys.num_rows == records.num_rows and pc.count_distinct(records["attempt"]).as_py() == 1)
 
 
 def _with_what_they_replace(names: set[str], dead: dict[str, str]) -> set[str]:

@@ -5,37 +5,68 @@ COPY … TO, and the type of a statement does not tell: EXPLAIN ANALYZE runs wha
 `WITH a AS (COPY … TO …) FROM a` is a SELECT. So the parsed statement is walked, against lists of the allowed.
 """
 
+import contextlib
 import json
 import re
+import threading
 from collections.abc import Iterator
-from typing import Any
 
 import duckdb
 
+from ..schemas.views import table_macros
+from .asked import VIEWLESS, Parsed, parts
+
 READING_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
-TABLE_FUNCTIONS = frozenset(
-    {
-        "duckdb_columns",
-        "duckdb_functions",
-        "duckdb_settings",
-        "duckdb_views",
-        "generate_series",
-        "histogram",
-        "histogram_values",
-        "json_each",
-        "json_tree",
-        "range",
-        "unnest",
-    }
-)
+TABLE_FUNCTIONS = VIEWLESS | {"duckdb_columns", "duckdb_views", "histogram", "histogram_values"} | table_macros()
 """What may stand in FROM with parentheses. Others read files, change settings or run SQL out of a string."""
 
 _ALLOWED = "only SELECT, FROM, WITH, VALUES, DESCRIBE, SUMMARIZE, SHOW and EXPLAIN of these are allowed"
 _EXPLAIN = re.compile(r"\s*EXPLAIN\b\s*(ANALYZE\b\s*)?(\(\s*(FORMAT|ANALYZE)\b[^()]*\))?", re.IGNORECASE)
 
 
-def check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+INTERRUPT_AGAIN_SECONDS = 0.2
+
+
+@contextlib.contextmanager
+def time_limit(connection: duckdb.DuckDBPyConnection, seconds: float | None) -> Iterator[None]:
+    """Interrupts what runs on the connection when the time is over, from a thread that ends with the block.
+
+    Raises:
+        ValueError: it was interrupted so.
+    """
+    if seconds is None:
+        yield
+        return
+    done, over = threading.Event(), threading.Event()
+
+    def interrupt() -> None:
+        wait: float = seconds
+        while not done.wait(wait):
+            over.set()
+            connection.interrupt()
+            wait = INTERRUPT_AGAIN_SECONDS  # it may have come between two statements
+
+    watcher = threading.Thread(target=interrupt, name="eigenwatch-time-limit", daemon=True)
+    watcher.start()
+    try:
+        yield
+    except duckdb.InterruptException:
+        if not over.is_set():
+            raise
+        raise ValueError(
+            f"stopped after {seconds:g} seconds: ask about fewer runs or rows, compact the store, or raise --timeout "
+            "(timeout_seconds)"
+        ) from None
+    finally:
+        done.set()
+        watcher.join()
+
+
+def check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> Parsed:
     """Passes one statement that only reads.
+
+    Returns:
+        What DuckDB has parsed, of the statement that an EXPLAIN explains.
 
     Raises:
         ValueError: it is anything else; the message says what.
@@ -55,11 +86,13 @@ def check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         sql = sql[prefix.end() :]
     elif kind != duckdb.StatementType.SELECT:
         raise ValueError(f"{kind.name} is refused: {_ALLOWED}")
-    for part in _parts(_parsed(connection, sql)):
+    parsed = _parsed(connection, sql)
+    for part in parts(parsed):
         _check_part(part)
+    return parsed
 
 
-def _parsed(connection: duckdb.DuckDBPyConnection, sql: str) -> Any:
+def _parsed(connection: duckdb.DuckDBPyConnection, sql: str) -> Parsed:
     # fetchall, not fetchone: an unfinished result blocks the connection.
     rows = connection.execute("SELECT json_serialize_sql($1::VARCHAR)", [sql]).fetchall()
     try:
@@ -68,22 +101,11 @@ def _parsed(connection: duckdb.DuckDBPyConnection, sql: str) -> Any:
         raise ValueError("the statement nests too deeply to be checked: use BETWEEN, IN or a list") from None
     if parsed["error"]:
         raise ValueError(f"the statement is refused: {_ALLOWED}")
-    return parsed["statements"]
+    (statement,) = parsed["statements"]
+    return dict(statement)
 
 
-def _parts(node: Any) -> Iterator[dict[str, Any]]:
-    """Every object of the parsed statement. A loop, since expressions nest deeply."""
-    waiting = [node]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, dict):
-            yield node
-            waiting.extend(node.values())
-        elif isinstance(node, list):
-            waiting.extend(node)
-
-
-def _check_part(part: dict[str, Any]) -> None:
+def _check_part(part: Parsed) -> None:
     kind = part.get("type")
     if not isinstance(kind, str):
         return
@@ -93,4 +115,4 @@ def _check_part(part: dict[str, Any]) -> None:
     if kind == "TABLE_FUNCTION":
         name = part["function"]["function_name"].lower()
         if name not in TABLE_FUNCTIONS:
-            raise ValueError(f"the table function {name}() is refused: query the views, see SHOW TABLES")
+            raise ValueError(f"the table function {name}() is refused: query the views and macros, see --help")

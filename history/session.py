@@ -1,62 +1,84 @@
-"""The session: a DuckDB that reads one store and nothing else, for SQL typed by anyone.
+"""The session: a DuckDB that reads one history and nothing else, for SQL typed by anyone.
 
 It lives in memory, on the calling thread, and writes nothing: no database file, no spill file. It may be open
-while runs write and while the store is compacted: each query lists the store once, and sees the rows that are
-there by then, each of them once.
+while runs write and while the store is compacted: each query lists the runs that it asks about once (`asked`), and sees
+the rows that are there by then, each of them once.
 """
 
 import os
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import duckdb
 import pyarrow as pa
 
 from ..schemas import STORE_VARIABLE, TABLES, default_store
-from ..schemas.store import LocalStore, Store, open_store
-from ..schemas.views import glob_literal, sql_literal, view_statements
-from .guard import check_statement
+from ..schemas.store import LocalStore, Store, stores_at
+from ..schemas.views import glob_literal, macro_statements, sql_literal, view_statements
+from .asked import asked_runs
+from .guard import check_statement, time_limit
 from .object_files import object_files
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
 
 MEMORY_LIMIT_BYTES = 2 << 30
 THREADS_MAX = 4
 """Both small: the machine may be training."""
-
+FEWER = "(ask for fewer rows or columns at once)"
 
 _MISSPELT = (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException)
 
 
-def open_history(store: str | os.PathLike[str] | None = None) -> "History":
+def open_history(store: str | os.PathLike[str] | None = None, *, timeout_seconds: float | None = None) -> "History":
     """The history in a store, ready for SQL over the views `records`, `eigenvalues`, `alerts`, `runs`, ….
 
     Args:
-        store: its folder, or the URI of an object store; `$EIGENWATCH_STORE`, else `./eigenwatch-store`, where not
-            given.
+        store: its folder, a pattern such as `teams/*/runs` for several folders as one history, or the URI of an object
+            store; `$EIGENWATCH_STORE`, else `./eigenwatch-store`, where not given.
+        timeout_seconds: how long one query may take; no limit where None.
 
     Raises:
-        ValueError: there is no such store, it cannot be read, or a newer eigenwatch wrote it.
+        ValueError: there is no such store, or it cannot be read.
 
     Example:
         >>> with open_history("runs/") as history:  # doctest: +SKIP
         ...     table = history.query("SELECT layer, hard_rank FROM records WHERE run_id = ?", ["llama-130m"])
     """
-    return History(default_store() if store is None else store)
+    return History(default_store() if store is None else store, timeout_seconds=timeout_seconds)
 
 
 class History:
-    """An open store; `close()` it, or use it in a `with`."""
+    """One or several open stores; `close()` it, or use it in a `with`."""
 
-    def __init__(self, store: str | os.PathLike[str]) -> None:
-        self.store = open_store(store)
-        if not self.store.exists():
+    def __init__(self, store: str | os.PathLike[str], *, timeout_seconds: float | None = None) -> None:
+        if timeout_seconds is not None and timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds:g}")
+        self.stores = stores_at(store)
+        if not self.stores or not self.stores[0].exists():
             raise ValueError(
                 f"no store at {os.fspath(store)}: pass --store, set {STORE_VARIABLE}, or run `eigenwatch demo`"
             )
-        self.views: list[str] = []
-        """The definitions of the views, as statements for any other DuckDB."""
-        self.connection = _sandbox(self.store)
-        """For whatever `query` lacks: it reaches only the store too, but its statements are not checked."""
-        self._define_views()
+        self._connection = _sandbox(self.stores)
+        self._timeout_seconds = timeout_seconds
+        self._shown: dict[str, list[str]] | None = None
+        """The files that the views name now."""
+        self._has_macros = False
+
+    @property
+    def connection(self) -> duckdb.DuckDBPyConnection:
+        """For whatever `query` lacks: it reaches only the store too, but its statements are not checked.
+
+        The views are as of this moment, and of the next query then: ask for it again to see what came since.
+        """
+        self._define(None)
+        return self._connection
+
+    @property
+    def views(self) -> list[str]:
+        """What defines the views over the files as they are now, and the macros, for any other DuckDB."""
+        return view_statements(self._files(None)) + macro_statements()
 
     def query(self, sql: str, parameters: list[Any] | dict[str, Any] | None = None) -> pa.Table:
         """The result of one statement that only reads. Times are UTC.
@@ -66,17 +88,33 @@ class History:
             parameters: values for `?` or `$name` in it.
 
         Raises:
-            ValueError: the statement is refused or fails; one line that says why.
+            ValueError: the statement is refused or fails, takes too long or too much, or a newer eigenwatch wrote what
+                it asks for; one line that says why.
         """
         try:
-            self._define_views()
-            check_statement(self.connection, sql)
-            return self.connection.sql(sql, params=parameters).to_arrow_table()
+            with time_limit(self._connection, self._timeout_seconds):
+                statement = check_statement(self._connection, sql)
+                self._define(asked_runs(statement, parameters))
+                return self._connection.sql(sql, params=parameters).to_arrow_table()
         except duckdb.Error as error:
             raise ValueError(_one_line(error)) from None
+        except MemoryError as error:  # pyarrow's own among them
+            raise ValueError(f"out of memory: {str(error).strip()} {FEWER}") from None
+
+    def pandas(self, sql: str, parameters: list[Any] | dict[str, Any] | None = None) -> "pandas.DataFrame":
+        """The same as a pandas DataFrame; pandas must be installed."""
+        return self.query(sql, parameters).to_pandas()
+
+    def polars(self, sql: str, parameters: list[Any] | dict[str, Any] | None = None) -> "polars.DataFrame":
+        """The same as a polars DataFrame; `pip install 'eigenwatch[polars]'`."""
+        import polars
+
+        frame = polars.from_arrow(self.query(sql, parameters))
+        assert isinstance(frame, polars.DataFrame)
+        return frame
 
     def close(self) -> None:
-        self.connection.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -86,24 +124,42 @@ class History:
     ) -> None:
         self.close()
 
-    def _define_views(self) -> None:
-        """Again whenever the files that count are others."""
+    def _define(self, runs: frozenset[str] | None) -> None:
+        """The views over the files of these runs, or all; again whenever the files that count are others."""
+        files = self._files(runs)
+        if files != self._shown:
+            self._shown = None
+            for statement in view_statements(files):
+                self._connection.execute(statement)
+            self._shown = files
+        if not self._has_macros:
+            for statement in macro_statements():
+                self._connection.execute(statement)
+            self._has_macros = True
+
+    def _files(self, runs: frozenset[str] | None) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {table: [] for table in TABLES}
-        for place, names in self.store.live().items():
-            files[place.table] += [self.store.address(f"{place.folder}/{name}") for name in names]
-        statements = view_statements(files)
-        if statements != self.views:
-            for statement in statements:
-                self.connection.execute(statement)
-            self.views = statements
+        owners: dict[str, Store] = {}
+        for store in self.stores:
+            for run in [None] if runs is None else sorted(runs):
+                for place, names in store.live(run).items():
+                    owner = owners.setdefault(place.run_id, store)
+                    if owner is not store:
+                        raise ValueError(
+                            f"run {place.run_id!r} is in {owner.uri} and in {store.uri}: a run id names one run, so "
+                            "open one of these stores alone, or rename the folder of one of the runs"
+                        )
+                    files[place.table] += [store.address(f"{place.folder}/{name}") for name in names]
+        return files
 
 
-def _sandbox(store: Store) -> duckdb.DuckDBPyConnection:
+def _sandbox(stores: list[Store]) -> duckdb.DuckDBPyConnection:
     connection = duckdb.connect(":memory:")
-    if not isinstance(store, LocalStore):
-        connection.register_filesystem(object_files(store))
+    if not isinstance(stores[0], LocalStore):
+        connection.register_filesystem(object_files(stores[0]))
     # DuckDB compares the patterns in a view with the allowed folders as text, so it stands there as one too.
-    folders = ", ".join(sql_literal(f"{folder}/") for folder in {store.uri, glob_literal(store.uri)})
+    names = {name for store in stores for name in (store.uri, glob_literal(store.uri))}
+    folders = ", ".join(sql_literal(f"{folder}/") for folder in sorted(names))
     for setting in (
         "TimeZone = 'UTC'",
         f"memory_limit = '{MEMORY_LIMIT_BYTES >> 20}MiB'",
@@ -126,6 +182,6 @@ def _one_line(error: duckdb.Error) -> str:
     if message.startswith("Traceback "):  # from our file system for object stores
         message = f"the store cannot be read: {message.strip().splitlines()[-1]}"
     if isinstance(error, duckdb.OutOfMemoryException):
-        return f"{message.splitlines()[0]} (ask for fewer rows or columns at once)"
+        return f"{message.splitlines()[0]} {FEWER}"
     remedy = ' (columns: eigenwatch query "DESCRIBE records")' if isinstance(error, _MISSPELT) else ""
     return " ".join(message.split()) + remedy

@@ -2,6 +2,7 @@
 
     part-<time>-<id>.parquet                          what a writer wrote
     part-<time>-<id>.merged-<published>-<id>.parquet  what compaction wrote in place of others
+    ….settled.parquet                                 of records: one attempt, and each key once
 
 A part never changes. A merged part names, in its footer, the parts whose rows it took over; from the moment in which
 it is visible those do not count, and each row is in exactly one part that counts. Whoever lists the parts decides so
@@ -26,6 +27,7 @@ from .tables import TABLES
 
 _SUFFIX = ".parquet"
 _MERGED = ".merged-"
+_SETTLED = ".settled"
 _TIME = "%Y%m%dT%H%M%S.%f"
 _REPLACES = b"eigenwatch_replaces"
 _VERSION = b"eigenwatch_schema_version"
@@ -60,14 +62,20 @@ def is_merged(name: str) -> bool:
     return _MERGED in name
 
 
+def is_settled(name: str) -> bool:
+    """Whether the records of a run that has this part alone need not be compared with each other to be shown."""
+    return name.endswith(_SETTLED + _SUFFIX)
+
+
 def part_name(now: datetime) -> str:
     """A new name for a writer's file; names sort by time."""
     return f"part-{now:{_TIME}}-{uuid.uuid4().hex[:8]}{_SUFFIX}"
 
 
-def merged_name(replaced: Iterable[str], now: datetime) -> str:
+def merged_name(replaced: Iterable[str], now: datetime, *, settled: bool = False) -> str:
     """A new name for the part that replaces these, published now."""
-    return f"{max(map(_stem, replaced))}{_MERGED}{now:{_TIME}}-{uuid.uuid4().hex[:8]}{_SUFFIX}"
+    state = _SETTLED if settled else ""
+    return f"{max(map(_stem, replaced))}{_MERGED}{now:{_TIME}}-{uuid.uuid4().hex[:8]}{state}{_SUFFIX}"
 
 
 def published(name: str) -> datetime:

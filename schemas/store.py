@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -53,6 +54,22 @@ def open_store(store: str | os.PathLike[str]) -> Store:
     """
     where = absolute_store(store)
     return ObjectStore(where) if "://" in where else LocalStore(where)
+
+
+def stores_at(pattern: str | os.PathLike[str]) -> list[Store]:
+    """The store of this name, or the folders that a pattern with *, ? or [ ] fits now, in order: one history.
+
+    Raises:
+        ValueError: a URI that cannot be used, or a pattern in one.
+    """
+    where = absolute_store(pattern)
+    if "://" in where:
+        if "*" in where:
+            raise ValueError(f"{where!r}: an object store takes no pattern, name one BUCKET/PREFIX")
+        return [ObjectStore(where)]
+    if os.path.exists(where) or not glob.has_magic(where):
+        return [LocalStore(where)]
+    return [LocalStore(folder.rstrip("/")) for folder in sorted(glob.glob(where)) if os.path.isdir(folder)]
 
 
 class Store(ABC):

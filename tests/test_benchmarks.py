@@ -41,3 +41,13 @@ def test_the_capacity_benchmark_holds_its_model_against_real_actors():
     _, _, messages, measured, model, *_ = (cell.strip() for cell in eight_ranks.split("│"))
     assert messages == "1"
     assert measured == model, "what leaves a node does not depend on its ranks"
+
+
+def test_the_history_benchmark_asks_each_question_of_each_store():
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "history.py"), "--quick"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    for question in ("one layer over time", "layer × step heatmap", "a width law over 8 runs", "the latest row"):
+        assert len([line for line in done.stdout.splitlines() if question in line]) >= 2
+    assert "Scanning Files: 1/12" in done.stdout

@@ -123,7 +123,7 @@ def test_every_room_is_imported_from_where_it_was_installed_with_its_data(instal
     found = json.loads(run(installed.python, "-c", script, cwd=tmp_path).splitlines()[-1])
     for room, file in found["rooms"].items():
         assert Path(file) == installed.package / room / "__init__.py"
-    assert found["views"] == 5
+    assert found["views"] > 5
     assert found["dashboards"] >= 1
     assert found["inline"] == "InlineAggregator"
 

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -226,3 +227,20 @@ def test_a_reader_that_leaves_early_hears_no_complaint(store: Path, form: list[s
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == ""
+
+
+def test_a_query_that_takes_too_long_fails_in_one_line(ask) -> None:
+    result = ask("SELECT count(*) FROM range(1000000000000)", "--timeout", "0.3")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: stopped after 0.3 seconds: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("sql", ["SELECT list_sum(range(2000000000))", "SELECT length(repeat('x', 4200000000)) AS n"])
+def test_a_query_that_wants_too_much_memory_fails_in_one_line(ask, sql: str) -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    result = ask(sql)
+    assert result.exit_code == 1
+    assert "emory" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before

@@ -250,7 +250,7 @@ def test_a_store_of_a_newer_version_is_refused_by_whoever_reads(tmp_path: Path, 
     pq.write_table(newer.empty_table(), path)
     store = open_store(tmp_path)
     for read in (
-        lambda: open_history(tmp_path),
+        lambda: seen(tmp_path),
         lambda: compacted(tmp_path),
         lambda: stored_records(store, "r", 0),
         lambda: stored_attempts(store, "r"),

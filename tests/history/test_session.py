@@ -31,6 +31,14 @@ def test_a_result_is_an_arrow_table(history: History) -> None:
     assert table.to_pylist() == [{"step": 0, "hard_rank": 20.0}, {"step": 10, "hard_rank": 30.0}]
 
 
+def test_a_result_may_be_a_frame_of_pandas_or_polars(history: History) -> None:
+    sql = "SELECT run_id, step, hard_rank, written_at FROM records WHERE step >= ? ORDER BY step"
+    for frame in (history.pandas(sql, [5]), history.polars(sql, [5])):
+        assert frame.shape == (1, 4)
+        assert list(frame["hard_rank"]) == [30.0]
+        assert list(frame["run_id"]) == ["r"]
+
+
 def test_parameters_stand_for_values(history: History) -> None:
     assert history.query("SELECT hard_rank FROM records WHERE step = ?", [10]).to_pylist() == [{"hard_rank": 30.0}]
     by_name = history.query("SELECT step FROM records WHERE run_id = $run AND step > $after", {"run": "r", "after": 5})
@@ -71,6 +79,39 @@ def test_the_store_comes_from_the_environment_where_none_is_given(store: Path, m
         assert history.query("FROM records").num_rows == 2
 
 
+@pytest.fixture
+def teams(tmp_path: Path) -> Path:
+    for team, run_id in (("red", "a"), ("red", "b"), ("blue", "c")):
+        write(tmp_path / team / "runs", run_id, "records", record(0))
+    (tmp_path / "notes").write_text("a file")
+    return tmp_path
+
+
+def test_a_pattern_opens_several_stores_as_one_history(teams: Path) -> None:
+    with open_history(f"{teams}/*/runs") as history:
+        assert history.query("SELECT run_id FROM records ORDER BY run_id")["run_id"].to_pylist() == ["a", "b", "c"]
+        assert history.query("FROM records WHERE run_id = 'c'").num_rows == 1
+        write(teams / "blue" / "runs", "c", "records", record(10))
+        assert history.query("FROM records WHERE run_id = 'c'").num_rows == 2
+        with pytest.raises(ValueError, match="refused"):
+            history.query(f"FROM read_text('{teams}/notes')")
+
+
+def test_a_run_id_that_two_stores_have_is_refused_by_name(teams: Path) -> None:
+    write(teams / "blue" / "runs", "a", "records", record(0))
+    with open_history(f"{teams}/*/runs") as history:
+        with pytest.raises(ValueError, match=r"\Arun 'a' is in \S*/blue/runs and in \S*/red/runs: [^\n]*open one"):
+            history.query("FROM records")
+        assert history.query("FROM records WHERE run_id = 'c'").num_rows == 1
+
+
+def test_a_pattern_that_fits_nothing_says_so(teams: Path) -> None:
+    with pytest.raises(ValueError, match=r"no store at .*/\*/nothing: pass --store"):
+        open_history(f"{teams}/*/nothing")
+    with pytest.raises(ValueError, match="an object store takes no pattern"):
+        open_history("s3://bucket/*/runs")
+
+
 def test_a_store_may_be_reached_by_a_link(store: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(store)
     with open_history(tmp_path / "link") as history:
@@ -89,6 +130,8 @@ def test_a_store_may_be_reached_by_a_link(store: Path, tmp_path: Path) -> None:
         "SELECT unnest([1, 2])",
         "FROM range(3)",
         "FROM histogram(records, hard_rank)",
+        "FROM layer_summary('r')",
+        "SELECT renyi_rank([2.0, 1.0], 2)",
         "PIVOT records ON layer IN (0, 1) USING max(hard_rank) GROUP BY step",
         "DESCRIBE records",
         "SUMMARIZE records",
@@ -119,6 +162,28 @@ HOSTILE = [
     "SUMMARIZE '{outside}/secret.csv'",
     "SELECT (SELECT content FROM read_text('{outside}/secret.csv'))",
     "FROM query('FROM records')",
+    "FROM query_table('records')",
+    "FROM json_execute_serialized_sql(json_serialize_sql('SELECT 1'))",
+    "FROM parquet_metadata('{outside}/secret.csv')",
+    "FROM sniff_csv('{outside}/secret.csv')",
+    "FROM duckdb_secrets()",
+    "FROM which_secret('s3://bucket', 's3')",
+    "SELECT getenv('HOME')",
+    "SELECT * FROM layer_summary('r'), read_text('{outside}/secret.csv')",
+    "FROM layer_summary((SELECT content FROM read_text('{outside}/secret.csv')))",
+    "FROM layer_summary('r'); DROP MACRO TABLE layer_summary",
+    "CREATE OR REPLACE MACRO layer_summary(run) AS TABLE FROM records",
+    "DROP MACRO TABLE layer_summary",
+    "UPDATE records SET step = 0",
+    "VACUUM",
+    "ANALYZE",
+    "USE main",
+    "EXECUTE p",
+    "IMPORT DATABASE '{outside}'",
+    "SET VARIABLE x = 1",
+    "PRAGMA enable_profiling",
+    "CREATE SECRET (TYPE s3)",
+    "CREATE TEMP TABLE t AS SELECT 1",
     "FROM enable_logging(storage = 'file', storage_config = {{'path': '{store}/log'}})",
     "FROM python_variable",
     "COPY records TO '{outside}/out.csv'",
