@@ -5,9 +5,7 @@ import sys
 
 import click
 
-VERBS = ("compact", "dashboards", "demo", "doctor", "fit", "query", "serve")
-VERBS = ("compact", "dashboards", "demo", "doctor", "export", "query", "serve", "watch")
-VERBS = ("compact", "dashboards", "demo", "doctor", "query", "report", "serve")
+VERBS = ("compact", "dashboards", "demo", "doctor", "export", "fit", "query", "report", "serve", "watch")
 
 
 class Verbs(click.Group):
