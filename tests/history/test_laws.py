@@ -129,6 +129,23 @@ def test_a_sweep_has_the_laws_of_its_median_layers(store: Path) -> None:
     assert hard == pytest.approx((middle, middle, middle))
 
 
+def test_sql_fits_the_same_laws(tmp_path: Path) -> None:
+    noise = dict(zip(WIDTHS, (1.0, 1.2, 0.8, 1.1, 0.9), strict=True))
+    for width in WIDTHS:
+        write_run(tmp_path, f"noisy-{width}", width, noise=noise[width])
+    (found,) = fitted(tmp_path)
+    with open_history(tmp_path) as history:
+        runs = ", ".join(f"'noisy-{width}'" for width in WIDTHS)
+        rows = history.query(f"FROM width_law([{runs}]) UNION ALL FROM utilization_law([{runs}])").to_pylist()
+    laws = {row["metric"]: row for row in rows}
+    for metric in ("hard_rank", "soft_rank", "effective_dimension", "hard_utilization", "soft_utilization"):
+        mine = found.law(metric)
+        assert laws[metric]["beta"] == pytest.approx(mine.beta, rel=1e-9)
+        assert laws[metric]["beta_ci95"] == pytest.approx(mine.beta_ci95, rel=1e-3), "a table of Student's t"
+        assert laws[metric]["r2"] == pytest.approx(mine.r2, rel=1e-9)
+        assert laws[metric]["points"] == mine.points
+
+
 def test_error_bars_are_the_quartiles_over_layers(tmp_path: Path) -> None:
     write_sweep(tmp_path, factors=(1.0, 2.0, 3.0, 4.0, 5.0))
     hard = fitted(tmp_path)[0].points[0].values["hard_rank"]
