@@ -93,7 +93,7 @@ def held_since(enter: NDArray[np.bool_], leave: NDArray[np.bool_], window: int) 
     window = min(window, len(enter))
     if not window:
         return None
-    enters, leaves = (sliding_window_view(flags, window).all(axis=-1) for flags in (enter, leave))
+    enters, leaves = (np.asarray(sliding_window_view(flags, window).all(axis=-1)) for flags in (enter, leave))
     since: int | None = None
     for begin, (enters_here, leaves_here) in enumerate(zip(enters, leaves, strict=True)):
         if since is None and enters_here:
