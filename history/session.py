@@ -7,7 +7,7 @@ the rows that are there by then, each of them once.
 
 import os
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import duckdb
 import pyarrow as pa
@@ -18,10 +18,6 @@ from ..schemas.views import glob_literal, macro_statements, sql_literal, view_st
 from .asked import asked_runs
 from .guard import check_statement, time_limit
 from .object_files import object_files
-
-if TYPE_CHECKING:
-    import pandas
-    import polars
 
 MEMORY_LIMIT_BYTES = 2 << 30
 THREADS_MAX = 4
@@ -101,17 +97,15 @@ class History:
         except MemoryError as error:  # pyarrow's own among them
             raise ValueError(f"out of memory: {str(error).strip()} {FEWER}") from None
 
-    def pandas(self, sql: str, parameters: list[Any] | dict[str, Any] | None = None) -> "pandas.DataFrame":
+    def pandas(self, sql: str, parameters: list[Any] | dict[str, Any] | None = None) -> Any:
         """The same as a pandas DataFrame; pandas must be installed."""
         return self.query(sql, parameters).to_pandas()
 
-    def polars(self, sql: str, parameters: list[Any] | dict[str, Any] | None = None) -> "polars.DataFrame":
+    def polars(self, sql: str, parameters: list[Any] | dict[str, Any] | None = None) -> Any:
         """The same as a polars DataFrame; `pip install 'eigenwatch[polars]'`."""
         import polars
 
-        frame = polars.from_arrow(self.query(sql, parameters))
-        assert isinstance(frame, polars.DataFrame)
-        return frame
+        return polars.from_arrow(self.query(sql, parameters))
 
     def close(self) -> None:
         self._connection.close()
