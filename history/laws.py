@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .points import Point
+
 LEAST_WIDTHS = 3
 """Through two widths any line fits; a third can contradict it."""
 CONFIDENCE = 0.95
@@ -69,6 +71,15 @@ def width_law(widths: Sequence[float], values: Sequence[float], *, metric: str =
     line = stats.linregress(x, y)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 2) * line.stderr)
     return Law(metric, float(line.slope), half, float(line.intercept), float(line.rvalue**2), len(x), different)
+
+
+def law_of(points: Sequence[Point], metric: str) -> Law | None:
+    """The law of one metric through the points that have it; None where there is none, as with two widths."""
+    known = [(point.width, point.values[metric].median) for point in points if metric in point.values]
+    try:
+        return width_law([width for width, _ in known], [value for _, value in known], metric=metric)
+    except ValueError:
+        return None
 
 
 def too_few_widths(widths: Sequence[float]) -> str:

@@ -125,6 +125,11 @@ def width_points(layers: Iterable[LayerUse]) -> list[Point]:
     return points
 
 
+def points_of(history: History, run_ids: Sequence[str], site: str = "post") -> list[Point]:
+    """The points of these runs in the window that a fit takes if nothing else is said."""
+    return width_points(layer_uses(history, Selection(runs=tuple(run_ids), site=site)))
+
+
 def selected_runs(history: History, selection: Selection) -> list[str]:
     """The ids of the runs that the selection names, sorted.
 

@@ -17,7 +17,9 @@ MAY_IMPORT = {
     "spectrum": {"torch", "numpy", "schemas"},
     "agent": {"torch", "ray", "spectrum", "schemas", *ARRAYS},
     "aggregator": {"ray", "torch", "prometheus_client", "spectrum", "schemas", *ARRAYS},
-    "history": {"duckdb", "fsspec", "jinja2", "markupsafe", "matplotlib", "polars", "scipy", "spectrum", "schemas", *ARRAYS},
+    "history": {
+        "duckdb", "fsspec", "jinja2", "markupsafe", "matplotlib", "polars", "scipy", "spectrum", "schemas", *ARRAYS
+    },
     "deploy": {"grafana_client", "schemas"},
     "cli": {
         "click", "rich", "torch", "ray", "duckdb", "prometheus_client",

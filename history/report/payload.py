@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..laws import law_of
 from ..measured import TEMPLATES, Grid, Spectrum, evenly, template_cumulative
-from ..width_points import RANKS, width_law, width_points
+from ..points import Point
 from .reading import Reading
 
 CELLS_MOST = 24_000
@@ -31,17 +32,19 @@ _COLUMNS = (
     "tokens_per_width",
     "js_divergence",
 )
+_RANKS = ("hard_rank", "soft_rank", "effective_dimension")
+_LAW = ("beta", "beta_ci95", "intercept", "r2")
 MISSING, COMPLETE, INCOMPLETE, NOT_FINITE = range(4)
 
 
 def payload(readings: Sequence[Reading]) -> dict[str, Any]:
     """The data of all charts, as values that JSON knows."""
     most = max(STEPS_LEAST, CELLS_MOST // sum(len(reading.grid.layers) for reading in readings))
-    grids = [reading.grid for reading in readings]
+    points = [point for reading in readings for point in reading.points]
     return {
         "runs": [_run(reading, most) for reading in readings],
         "templates": _templates(readings),
-        "widths": {rank: _widths(grids, rank) for rank in RANKS},
+        "widths": {rank: _widths(points, rank) for rank in _RANKS},
     }
 
 
@@ -112,14 +115,11 @@ def _templates(readings: Sequence[Reading]) -> dict[str, Any]:
     return found
 
 
-def _widths(grids: Sequence[Grid], rank: str) -> dict[str, Any]:
-    points = width_points(grids, rank)
-    law = width_law([point.width for point in points], [point.rank for point in points])
+def _widths(points: Sequence[Point], rank: str) -> dict[str, Any]:
+    law = law_of(points, rank)
     return {
-        "points": [
-            [point.run_id, point.width, *_numbers((point.rank, point.lower, point.upper), 4)] for point in points
-        ],
-        "law": None if law is None else {name: _number(value, 6) for name, value in law._asdict().items()},
+        "points": [[one.run_id, one.width, *_numbers(one.values[rank], 4)] for one in points if rank in one.values],
+        "law": None if law is None else {name: _number(getattr(law, name), 6) for name in _LAW},
     }
 
 

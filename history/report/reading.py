@@ -14,6 +14,7 @@ from ..measured import (
     read_spectra,
     spectrum_steps,
 )
+from ..points import Point, points_of
 from ..session import History
 from ..width_use import LayerUse, layer_uses
 
@@ -41,6 +42,8 @@ class Reading(NamedTuple):
     alerts: list[dict[str, Any]]
     """Firing ones first, then by step; at most ALERTS_MOST."""
     alerts_total: int
+    points: list[Point]
+    """Its ranks at its widths, as a fit takes them."""
 
 
 def read_run(history: History, run_id: str, *, runs: int = 1) -> Reading:
@@ -74,6 +77,7 @@ def read_run(history: History, run_id: str, *, runs: int = 1) -> Reading:
         dropped=dropped,
         alerts=alerts[:ALERTS_MOST],
         alerts_total=len(alerts),
+        points=points_of(history, [run_id], site),
     )
 
 

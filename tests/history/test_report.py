@@ -169,7 +169,7 @@ def large(layers: int, steps: int) -> Reading:
     one = thinned(np.array(power_law(16_384, 1.2), dtype=np.float32), 48)
     assert one is not None
     shown = [(layer, 10 * step) for layer in range(layers) for step in range(SPECTRA_MOST // layers)]
-    return Reading(grid, None, layer_uses(grid), dict.fromkeys(shown, one), {}, {}, 0, {}, [], 0)
+    return Reading(grid, None, layer_uses(grid), dict.fromkeys(shown, one), {}, {}, 0, {}, [], 0, [])
 
 
 def test_96_layers_and_1000_steps_stay_under_five_megabytes() -> None:

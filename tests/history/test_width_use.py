@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from eigenwatch.history import open_history
 from eigenwatch.history.measured import read_grid
-from eigenwatch.history.width_points import width_law, width_points
 from eigenwatch.history.width_use import LayerUse, answer, held_since, layer_uses, named
 
 from tests.history.reported import collapsing, train
@@ -89,29 +88,3 @@ def test_a_run_that_wastes_nothing_is_told_so(tmp_path: Path) -> None:
 )
 def test_neighbouring_layers_are_named_in_short(layers: list[int], text: str) -> None:
     assert named(layers) == text
-
-
-def test_the_slopes_of_the_papers_example_come_out() -> None:
-    widths = [768 * alpha for alpha in (1, 2, 2.67, 4, 5, 6, 7, 8)]
-    hard = width_law(widths, [14, 30, 32, 25, 50, 31, 76, 53])
-    soft = width_law(widths, [135, 442, 525, 582, 1184, 964, 1521, 1257])
-    assert hard is not None
-    assert soft is not None
-    assert [round(one, 3) for one in (hard.beta, hard.beta_ci95, hard.r2)] == [0.612, 0.404, 0.696]
-    assert [round(one, 3) for one in (soft.beta, soft.beta_ci95, soft.r2)] == [1.07, 0.293, 0.93]
-
-
-def test_two_points_make_a_line_without_an_interval_and_one_makes_none() -> None:
-    law = width_law([100, 200], [10, 20])
-    assert law is not None
-    assert law.beta == pytest.approx(1)
-    assert law.beta_ci95 is None
-    assert width_law([100, 100], [10, 20]) is None
-
-
-def test_a_width_has_the_median_and_the_quartiles_of_its_layers(tmp_path: Path) -> None:
-    ranks = (10.0, 20.0, 30.0, 40.0, 50.0)
-    write(tmp_path, "r", "records", *[record(0, layer, hard_rank=rank) for layer, rank in enumerate(ranks)])
-    with open_history(tmp_path) as history:
-        (point,) = width_points([read_grid(history, "r")], "hard_rank")
-    assert point == ("r", 256, 5, 30.0, 20.0, 40.0)

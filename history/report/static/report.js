@@ -261,7 +261,7 @@
     const all = [...new Set(data.widths.hard_rank.points.map((point) => point[1]))].sort((a, b) => a - b);
     kinds.forEach(([rank, symbol], place) => {
       const { points, law } = data.widths[rank];
-      const slope = law ? `β ${short(law.beta)}${law.beta_ci95 === null ? "" : " ± " + short(law.beta_ci95)}` : "";
+      const slope = law ? `β ${short(law.beta)} ± ${short(law.beta_ci95)}` : "";
       if (law) words.push(`${NAMES[rank]} ${slope} (R² ${short(law.r2)})`);
       traces.push(line(NAMES[rank] + (law ? ": " + slope : ""), points.map((point) => point[1]), points.map((point) => point[2]), place, {
         mode: "markers", marker: { symbol, size: 9, color: colour(place) }, text: points.map((point) => plain(point[0])),
@@ -273,8 +273,8 @@
     });
     return {
       traces, layout: layout("", axis("width", { type: "log", tickvals: all, ticktext: all.map(String) }), plainLog("rank, median of the layers", Object.values(data.widths).map((one) => one.points.flatMap((point) => point.slice(2)))), { ...below, margin: { l: 52, r: 12, t: 12, b: 44 } }),
-      caption: `Slopes of log rank on log width: ${words.join(", ")}. β near 1: new width is used; well below 1: it is not. Bars are the quartiles of the layers` +
-        (data.widths.hard_rank.law?.beta_ci95 === null ? "; two points give no interval." : "; intervals are 95 %, Student's t."),
+      caption: (words.length ? `Slopes of log rank on log width: ${words.join(", ")}; intervals are 95 %, Student's t. β near 1: new width is used; well below 1: it is not.` : "Runs of three widths or more make a law.") +
+        " Bars are the quartiles of the layers.",
       head: ["run", "width", "rank", "median of the layers", "lower quartile", "upper quartile"], rows,
     };
   };
