@@ -142,12 +142,13 @@ class Export:
         Raises:
             ValueError: there is no such run, or the target refused.
         """
-        listed = self._history.store.live(self._run_id)
+        listed = [store.live(self._run_id) for store in self._history.stores]
         attempts = self._attempts()
         if not attempts:
             there = self._history.query("SELECT DISTINCT run_id FROM runs ORDER BY run_id").column(0).to_pylist()
             known = f"; there are {', '.join(there)}" if there else ""
-            raise ValueError(f"no run {self._run_id!r} in {self._history.store.uri}{known}")
+            where = ", ".join(store.uri for store in self._history.stores)
+            raise ValueError(f"no run {self._run_id!r} in {where}{known}")
         self.done.status = attempts[-1].status
         if listed != self._listed or self.done.waiting:
             self.done.waiting = 0
