@@ -29,7 +29,7 @@ WASTEFUL = (NOT_FINITE, COLLAPSED, FRONT_LOADED, BEHIND)
 """From the worst."""
 
 
-class LayerUse(NamedTuple):
+class LayerVerdict(NamedTuple):
     """One layer's verdict; the values are medians over the last quarter of the sampled steps, NaN where unknown."""
 
     layer: int
@@ -44,7 +44,7 @@ class LayerUse(NamedTuple):
     variance_10: float
 
 
-def layer_uses(grid: Grid) -> list[LayerUse]:
+def layer_verdicts(grid: Grid) -> list[LayerVerdict]:
     """A verdict for each layer, in their order."""
     values = grid.values
     share_LS = values["effective_dimension"] / grid.widths[:, None]
@@ -67,7 +67,7 @@ def layer_uses(grid: Grid) -> list[LayerUse]:
         FRONT_LOADED: (front_loaded, ~front_loaded),
         BEHIND: (behind, ~behind),
     }
-    lately = {name: grid.lately(name) for name in LayerUse._fields[4:]}
+    lately = {name: grid.lately(name) for name in LayerVerdict._fields[4:]}
     uses = []
     for row, layer in enumerate(grid.layers):
         known = grid.not_finite[row] | ~np.isnan(values["hard_rank"][row])
@@ -78,7 +78,7 @@ def layer_uses(grid: Grid) -> list[LayerUse]:
                 state, since = sign, int(grid.steps[known][first])
                 break
         measured = {name: float(values_L[row]) for name, values_L in lately.items()}
-        uses.append(LayerUse(int(layer), int(grid.widths[row]), state, since, **measured))
+        uses.append(LayerVerdict(int(layer), int(grid.widths[row]), state, since, **measured))
     return uses
 
 
@@ -103,7 +103,7 @@ def held_since(enter: NDArray[np.bool_], leave: NDArray[np.bool_], window: int) 
     return since
 
 
-def answer(uses: list[LayerUse]) -> str:
+def answer(uses: list[LayerVerdict]) -> str:
     """The opening question, which layers waste their width and since when, in two or three sentences."""
     wasteful = [use for use in uses if use.state in WASTEFUL]
     rest = [use for use in uses if use.state == IN_USE]
@@ -136,7 +136,7 @@ def named(layers: list[int]) -> str:
     return f"layer{'' if len(layers) == 1 else 's'} {joined}"
 
 
-def since(uses: list[LayerUse]) -> str:
+def since(uses: list[LayerVerdict]) -> str:
     """ "since step 16", or "since step 16 to 40"."""
     steps = sorted({use.since_step for use in uses if use.since_step is not None})
     if len(steps) == 1:
@@ -144,30 +144,30 @@ def since(uses: list[LayerUse]) -> str:
     return f"since steps {steps[0]} to {steps[-1]}, one after another"
 
 
-def _subject(uses: list[LayerUse]) -> str:
+def _subject(uses: list[LayerVerdict]) -> str:
     text = named([use.layer for use in uses])
     return text[0].upper() + text[1:]
 
 
-def _say_not_finite(uses: list[LayerUse]) -> str:
+def _say_not_finite(uses: list[LayerVerdict]) -> str:
     return f"{_subject(uses)} had activations that are not finite {since(uses)}."
 
 
-def _say_collapsed(uses: list[LayerUse]) -> str:
+def _say_collapsed(uses: list[LayerVerdict]) -> str:
     return (
         f"{_subject(uses)} {'has' if len(uses) == 1 else 'have'} collapsed, {since(uses)}: "
         f"{_span([use.hard_rank for use in uses])} dominant directions of {_widths(uses)}."
     )
 
 
-def _say_front_loaded(uses: list[LayerUse]) -> str:
+def _say_front_loaded(uses: list[LayerVerdict]) -> str:
     return (
         f"{_subject(uses)} {'is' if len(uses) == 1 else 'are'} front-loaded, {since(uses)}: "
         f"{_span([100 * use.variance_10 for use in uses])} % of the variance in the first tenth of the directions."
     )
 
 
-def _say_behind(uses: list[LayerUse]) -> str:
+def _say_behind(uses: list[LayerVerdict]) -> str:
     return (
         f"{_subject(uses)} {'lies' if len(uses) == 1 else 'lie'} behind, {since(uses)}: "
         f"{_span([use.effective_dimension for use in uses])} effective directions of {_widths(uses)}, "
@@ -175,12 +175,12 @@ def _say_behind(uses: list[LayerUse]) -> str:
     )
 
 
-def _in_use(uses: list[LayerUse], which: str) -> str:
+def _in_use(uses: list[LayerVerdict], which: str) -> str:
     count = f"{which} {len(uses)} layers use" if len(uses) > 1 else f"{which.replace('All', 'Its')} one uses"
     return f"{count} {_span([use.effective_dimension for use in uses])} effective directions of {_widths(uses)}."
 
 
-_SAID: dict[str, Callable[[list[LayerUse]], str]] = {
+_SAID: dict[str, Callable[[list[LayerVerdict]], str]] = {
     NOT_FINITE: _say_not_finite,
     COLLAPSED: _say_collapsed,
     FRONT_LOADED: _say_front_loaded,
@@ -196,6 +196,6 @@ def _span(values: list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _widths(uses: list[LayerUse]) -> str:
+def _widths(uses: list[LayerVerdict]) -> str:
     widths = sorted({use.width for use in uses})
     return " and ".join(map(str, widths)) if len(widths) <= 2 else f"{widths[0]} to {widths[-1]}"

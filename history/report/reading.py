@@ -16,7 +16,7 @@ from ..measured import (
 )
 from ..points import Point, points_of
 from ..session import History
-from ..width_use import LayerUse, layer_uses
+from ..width_use import LayerVerdict, layer_verdicts
 
 SPECTRA_MOST = 1_200
 """In one report, each of at most 48 points, shared evenly by its runs. What is beyond it is thinned out by steps, then
@@ -30,7 +30,7 @@ class Reading(NamedTuple):
     grid: Grid
     pre: Grid | None
     """Of the pre-activation, where it was observed."""
-    uses: list[LayerUse]
+    uses: list[LayerVerdict]
     spectra: dict[tuple[int, int], Spectrum]
     """(layer, step) → spectrum."""
     pre_spectra: dict[tuple[int, int], Spectrum]
@@ -69,7 +69,7 @@ def read_run(history: History, run_id: str, *, runs: int = 1) -> Reading:
     return Reading(
         grid=grid,
         pre=pre,
-        uses=layer_uses(grid),
+        uses=layer_verdicts(grid),
         spectra=read_spectra(history, run_id, layers=layers, steps=steps, site=site, points=SPECTRUM_POINTS),
         pre_spectra={} if pre is None else read_spectra(history, run_id, layers=layers, steps=steps, site="pre"),
         attempt=attempts[-1] if attempts else {},

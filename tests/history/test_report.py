@@ -14,7 +14,7 @@ from eigenwatch.history.measured import COLUMNS, Grid, thinned
 from eigenwatch.history.report import Reading, read_run, report_html
 from eigenwatch.history.report.payload import CELLS_MOST, as_json, payload
 from eigenwatch.history.report.reading import SPECTRA_MOST
-from eigenwatch.history.width_use import layer_uses
+from eigenwatch.history.width_use import layer_verdicts
 
 from tests.history.reported import HOSTILE, LAYERS, STEPS, alarm, collapsing, power_law, train
 from tests.history.stored import record, run, spectrum, write
@@ -169,7 +169,7 @@ def large(layers: int, steps: int) -> Reading:
     one = thinned(np.array(power_law(16_384, 1.2), dtype=np.float32), 48)
     assert one is not None
     shown = [(layer, 10 * step) for layer in range(layers) for step in range(SPECTRA_MOST // layers)]
-    return Reading(grid, None, layer_uses(grid), dict.fromkeys(shown, one), {}, {}, 0, {}, [], 0, [])
+    return Reading(grid, None, layer_verdicts(grid), dict.fromkeys(shown, one), {}, {}, 0, {}, [], 0, [])
 
 
 def test_96_layers_and_1000_steps_stay_under_five_megabytes() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from eigenwatch.history import open_history
 from eigenwatch.history.measured import read_grid
-from eigenwatch.history.width_use import LayerUse, answer, held_since, layer_uses, named
+from eigenwatch.history.width_use import LayerVerdict, answer, held_since, layer_verdicts, named
 
 from tests.history.reported import collapsing, train
 from tests.history.stored import NOT_FINITE, record, write
@@ -14,9 +14,9 @@ from tests.history.stored import NOT_FINITE, record, write
 YES, NO = True, False
 
 
-def uses(store: Path, run_id: str = "r") -> list[LayerUse]:
+def uses(store: Path, run_id: str = "r") -> list[LayerVerdict]:
     with open_history(store) as history:
-        return layer_uses(read_grid(history, run_id))
+        return layer_verdicts(read_grid(history, run_id))
 
 
 def healthy(step: int, layer: int = 0, **columns: object) -> dict[str, object]:
