@@ -63,7 +63,7 @@ class CourierHandover:
         self._sent = 0
         self._sizes: dict[int, int] = {}
         """Of what was written and may still be there."""
-        self._warned = False
+        self._warned: str | None = None
         self._carried = courier_lock(spool.label().run)
         self._starts = 0
         self._started_at = 0.0
@@ -120,13 +120,14 @@ class CourierHandover:
         return waiting + lost
 
     def _warn(self, trouble: str | None) -> None:
-        """Once, of whatever keeps partials waiting, until it is over."""
+        """Of whatever keeps partials waiting, once, and again when it is something else."""
         waiting = self._spool.oldest_seconds()
+        said = trouble
         if trouble is None and waiting > UNDELIVERED_SECONDS:
-            trouble = f"none was delivered for {waiting:.0f} s: {self._last_words()}"
-        if trouble is not None and not self._warned:
+            trouble, said = f"none was delivered for {waiting:.0f} s: {self._last_words()}", "for long"
+        if said is not None and said != self._warned:
             log.warning("partials wait in %s, training goes on: %s", self._spool.folder, trouble)
-        self._warned = trouble is not None
+        self._warned = said
 
     def _make_room(self, needed: int) -> None:
         """Drops the oldest where the spool would be too large. Looks into it only where all that was ever written, but

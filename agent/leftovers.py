@@ -105,7 +105,8 @@ class Leftovers:
             launches.setdefault(label.run.launch_id, []).append((spool, label))
         for spools in launches.values():
             locked = list(itertools.takewhile(lambda one: one[0].lock(alone=True), spools))
-            if len(locked) == len(spools) and not any(spool.numbers() for spool, _ in spools):
+            told = any(spool.numbers() or spool.said.read().get("dropped") for spool, _ in spools)
+            if len(locked) == len(spools) and not told:
                 for spool, _ in spools:
                     spool.discard()
             elif len(locked) == len(spools) and all(self._may_take(spool) for spool, _ in spools):
@@ -134,7 +135,8 @@ class Leftovers:
         assert self._delivery is not None
         assert self._run is not None
         ranks = range(self._run.world_size)
-        self._delivery.finish({rank: rank not in self._taken or self._taken[rank].closed for rank in ranks}, {})
+        losses = {rank: spool.said.read().get("dropped", {}) for rank, spool in self._taken.items()}
+        self._delivery.finish({rank: rank not in self._taken or self._taken[rank].closed for rank in ranks}, losses)
         for spool in self._taken.values():
             spool.discard()
             spool.unlock()

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 PIECES_SECONDS = 45.0
 """Less than a courier waits for the answer."""
 THREADS = 8
-"""For pushes and questions."""
+"""For pushes."""
 
 
 def remote(kind: type, **options: Any) -> Any:
     """A Ray actor class whose methods run in several threads. Runs are announced in a thread of their own: that reads
-    the store, after a restart for every courier at once, and pushes and snapshots go on meanwhile."""
-    with_groups = ray.remote(concurrency_groups={"announcing": 1})  # type: ignore[call-overload]
+    the store, after a restart for every courier at once, and the rest goes on meanwhile. Questions do not wait behind
+    pushes, of which large ones take long."""
+    with_groups = ray.remote(concurrency_groups={"announcing": 1, "asking": 2})  # type: ignore[call-overload]
     return with_groups(kind).options(max_concurrency=THREADS, **options)
 
 
@@ -50,18 +51,22 @@ class CoordinatorActor:
     def set_shards(self, shards: dict[str, str], stretch: dict[str, int]) -> None:
         self._coordinator.set_shards(shards, stretch)
 
+    @ray.method(concurrency_group="asking")
     def heartbeat(self, run_id: str, attempt: int, rank: int, dropped: dict[str, int], epoch: int | None = None) -> int:
         return self._coordinator.heartbeat(run_id, attempt, rank, dropped, epoch)
 
+    @ray.method(concurrency_group="asking")
     def finish(self, run_id: str, attempt: int, rank: int, clean: bool, dropped: dict[str, int]) -> None:
         self._coordinator.finish(run_id, attempt, rank, clean, dropped)
 
+    @ray.method(concurrency_group="asking")
     def running(self, counted: Counted | None = None, before: Counted | None = None) -> list[RunState]:
         return self._coordinator.running(counted, before)
 
     def close(self, counted: Counted) -> None:
         self._coordinator.close(counted)
 
+    @ray.method(concurrency_group="asking")
     def ended(self) -> list[Launch]:
         return self._coordinator.ended()
 
@@ -98,9 +103,11 @@ class ShardActor:
                 return PushReply("busy")
             return self._shard.push(header, mean, whole)
 
+    @ray.method(concurrency_group="asking")
     def fates(self, asked: list[tuple[tuple[Any, ...], list[int]]]) -> list[list[Fate]]:
         return self._shard.fates(asked)
 
+    @ray.method(concurrency_group="asking")
     def snapshot(self, ended: list[Launch]) -> ShardSnapshot:
         return self._shard.snapshot(ended)
 

@@ -378,11 +378,9 @@ class Shard:
     def _solve_or_drop(self, batch: list[ClosedRecord]) -> None:
         """Solves records of one run and width together; what cannot become a record is counted."""
         started = time.perf_counter()
-        kept = [closed for closed in batch if not self._dropped_unsolved(closed)]
+        kept = [closed for closed in batch if not self._dropped_unsolved(closed) and self._folded(closed)]
         jobs = [closed.job for closed in kept if solvable(closed)]
         try:
-            for closed in kept:
-                closed.fold()
             answers = iter(self._solver.solve(jobs) if jobs else ())
         except Exception as error:  # no memory, no process
             log.exception("run %s: %d records are lost", batch[0].key.run_id, len(kept))
@@ -409,6 +407,15 @@ class Shard:
             self._drop(closed, "incomplete_share")
             return True
         return False
+
+    def _folded(self, closed: ClosedRecord) -> bool:
+        """Adds up what was merged; without the memory for it the record is given up."""
+        try:
+            closed.fold()
+        except MemoryError:
+            self._drop(closed, MemoryError.__name__)
+            return False
+        return True
 
     def _solved(self, closed: ClosedRecord, solved: Solved, solve_seconds: float) -> None:
         key, record = closed.key, record_of(closed, solved, solve_seconds)

@@ -32,9 +32,6 @@ from .config import SolverConfig
 
 log = logging.getLogger("eigenwatch.aggregator")
 
-LAST_TRIES = 3
-"""On the last rung, of a job with which the solver died each time."""
-
 
 class Job(NamedTuple):
     """What is solved: a finite group, and the partials that are still rows."""
@@ -88,10 +85,11 @@ class Solved(NamedTuple):
 class RungFailed(RuntimeError):
     """A rung did not solve these jobs."""
 
-    def __init__(self, why: str, died: bool = False) -> None:
+    def __init__(self, why: str, tries: int = 1) -> None:
         super().__init__(why)
-        self.died = died
-        """Whether the solver went with it, which need not have been the job's fault."""
+        self.tries = tries
+        """How often the last rung may be tried where it fails in this way: more than once where the solver went with
+        it, which need not have been the job's fault."""
 
 
 class Solver(Protocol):
@@ -144,14 +142,13 @@ def climb(
 ) -> list[Solved]:
     """The answers of the first rung on which `attempt` does not raise `RungFailed`.
 
-    Jobs that fail together are tried again one by one, so that one of them spoils no other. A solver that died on the
-    last rung is given it `LAST_TRIES` times: somebody else may have killed it, and below there is nothing.
+    Jobs that fail together are tried again one by one, so that one of them spoils no other. Of the last rung more than
+    one try may be allowed: below there is nothing.
     """
     failures: list[str] = []
-    again = False
-    for rung in (*rungs, *[rungs[-1]] * (LAST_TRIES - 1)):
-        if len(failures) >= len(rungs) and not again:
-            break
+    tries = 1
+    while len(failures) < len(rungs) - 1 + tries:
+        rung = rungs[min(len(failures), len(rungs) - 1)]
         try:
             return attempt(jobs, rung)
         except RungFailed as failed:
@@ -159,7 +156,7 @@ def climb(
                 log.warning("%d records failed together on %s (%s): one by one", len(jobs), rung, failed)
                 return [solved for job in jobs for solved in climb([job], rungs, attempt)]
             failures.append(f"{rung}: {failed}")
-            again = failed.died
+            tries = failed.tries
     return [unsolved(failure="; ".join(failures))]
 
 

@@ -37,6 +37,9 @@ START_SECONDS = 120.0
 """How long a child may take to import torch and find its GPU."""
 CUBIC_SECONDS = {"cpu": 1e-9, "cuda": 2e-11}
 """What a solve may take for each n³, over `timeout_seconds`: ten times what a slow core, or a GPU, needs."""
+DEAD_TRIES, SLOW_TRIES = 3, 2
+"""How often the last rung is tried with a child that dies, which somebody else may have killed, or does not answer,
+which holds up everybody for long."""
 KEPT_BYTES = 256 << 20
 """A larger memory file is given back after its job; up to here its pages stay, since new ones cost more than a copy."""
 ALLOCATION = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(KEPT_BYTES)}
@@ -181,9 +184,10 @@ class SolverProcess:
         except (EOFError, OSError):
             why = ""
         code = self._end()
+        tries = SLOW_TRIES if why else DEAD_TRIES
         why = why or f"the solver process died ({_exit(code)})"
         log.warning("%s: it is started again", why)
-        raise RungFailed(why, died=True)
+        raise RungFailed(why, tries)
 
     def _end(self) -> int:
         assert self._child is not None

@@ -35,7 +35,8 @@ def asked_runs(statement: Parsed, parameters: Parameters = None) -> frozenset[st
     confined: dict[int, set[str]] = {}  # by the id() of the table in FROM
     for part in parts(statement):
         table = part.get("from_table")
-        if isinstance(table, dict) and _view(table) and part.get("where_clause"):
+        renamed = isinstance(table, dict) and table.get("column_name_alias")  # `run_id` may then be any column
+        if isinstance(table, dict) and _view(table) and part.get("where_clause") and not renamed:
             name = table.get("alias") or table["table_name"]
             for condition in _conditions(part["where_clause"]):
                 runs = _compared(condition, name, parameters)

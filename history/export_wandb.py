@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ class Segments:
         self._folder = folder
         self._project = project
         self._attempt = attempt
-        self._id = re.sub(r"[^A-Za-z0-9_-]", "_", attempt.name)
+        # A name may hold characters that an id may not; two names never share one.
+        digest = blake2b(attempt.name.encode(), digest_size=4).hexdigest()
+        self._id = f"{re.sub(r'[^A-Za-z0-9_-]', '_', attempt.name)}-{digest}"
         self._unfinished = folder / _UNFINISHED / self._id
         self._run: Any = None
         self._keys: list[tuple[str, int]] = []

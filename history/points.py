@@ -102,11 +102,15 @@ def layer_uses(history: History, selection: Selection) -> list[LayerUse]:
         ValueError: a run or pattern fits nothing, or nothing was recorded in the window.
     """
     runs = selected_runs(history, selection)
-    rows = history.query(*_layers_sql(runs, selection)).to_pylist()
+    rows = _layer_rows(history, runs, selection)
     if not rows:
         window = "" if selection.steps is None else f" in steps {selection.steps[0]} to {selection.steps[1]}"
         raise ValueError(f"no records of site {selection.site!r}{window} in {_named(runs)}: choose other steps or runs")
-    return [LayerUse(**row) for row in rows]
+    return rows
+
+
+def _layer_rows(history: History, runs: Sequence[str], selection: Selection) -> list[LayerUse]:
+    return [LayerUse(**row) for row in history.query(*_layers_sql(runs, selection)).to_pylist()]
 
 
 def width_points(layers: Iterable[LayerUse]) -> list[Point]:
@@ -126,8 +130,10 @@ def width_points(layers: Iterable[LayerUse]) -> list[Point]:
 
 
 def points_of(history: History, run_ids: Sequence[str], site: str = "post") -> list[Point]:
-    """The points of these runs in the window that a fit takes if nothing else is said."""
-    return width_points(layer_uses(history, Selection(runs=tuple(run_ids), site=site)))
+    """The points of these runs in the window that a fit takes if nothing else is said; of skipped records there is
+    none."""
+    selection = Selection(runs=tuple(run_ids), site=site)
+    return width_points(_layer_rows(history, selected_runs(history, selection), selection))
 
 
 def selected_runs(history: History, selection: Selection) -> list[str]:
@@ -136,9 +142,16 @@ def selected_runs(history: History, selection: Selection) -> list[str]:
     Raises:
         ValueError: a name fits no run that has records; the message has those that there are.
     """
+    asked = selection.runs or ("*",)
+    if not any(character in name for name in asked for character in "*?["):
+        rows = history.query(
+            f"SELECT DISTINCT run_id FROM records_raw WHERE run_id IN ({_places(asked)}) ORDER BY run_id", list(asked)
+        )
+        if rows.num_rows == len(set(asked)):  # the store's other runs are not even listed
+            return list(rows.column("run_id").to_pylist())
     found = history.query("SELECT DISTINCT run_id FROM records_raw ORDER BY run_id").column("run_id").to_pylist()
     chosen: set[str] = set()
-    for pattern in selection.runs or ("*",):
+    for pattern in asked:
         fitting = fnmatch.filter(found, pattern)
         if not fitting:
             raise ValueError(f"no run {pattern!r} has records; the store has {_named(found)}")

@@ -113,6 +113,7 @@ FROM (
             ], recursive := true)
             FROM records AS record
             WHERE list_contains(runs, record.run_id) AND record.site = at_site
+                AND record.solver IS DISTINCT FROM 'skipped'
         )
         GROUP BY run_id, width, layer, step, metric
     )
@@ -130,7 +131,7 @@ SELECT
     CASE WHEN widths > 2 THEN slope END AS beta,
     CASE WHEN widths > 2
         THEN student_t_95(points - 2) * sqrt(greatest(syy - slope * sxy, 0) / (points - 2) / sxx) END AS beta_ci95,
-    CASE WHEN widths > 2 THEN r2 END AS r2,
+    CASE WHEN widths > 2 AND syy > 0 THEN r2 END AS r2,
     CASE WHEN widths > 2 THEN intercept END AS intercept,
     points, widths
 FROM (

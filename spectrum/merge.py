@@ -171,9 +171,13 @@ class Group:
         Raises:
             MemoryError: there is no room for the sum; what was taken waits on.
         """
-        if self.finite and self._waiting and not self.within.numel():
-            self.within = torch.zeros(packed_length(self.width), dtype=torch.float64)
         taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if taken and self.finite and not self.within.numel():
+            try:
+                self.within = torch.from_numpy(np.zeros(packed_length(self.width)))
+            except MemoryError:
+                self._waiting.extendleft(reversed(taken))
+                raise
         total = self.within.numpy()
         for start in range(0, total.size if taken else 0, PIECE):
             piece = total[start : start + PIECE]
@@ -208,7 +212,7 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        within = 8 * packed_length(self.width) if self._waiting else self.within.nbytes
+        within = 8 * packed_length(self.width) if self._waiting and self.finite else self.within.nbytes
         return within + sum(share.nbytes for share in self.shares.values())
 
     @property

@@ -137,8 +137,8 @@ class StoredSource:
                 changed |= place.table in ("alerts", "runs")
                 self._seen.add(name)
         if changed or not self._run:
-            runs = [run for run in history.query(_RUNS).to_pylist() if run["run_id"] == self._run_id]
-            self._run = runs[0] if runs else {}
+            runs = history.query("SELECT * FROM runs WHERE run_id = ? ORDER BY attempt DESC LIMIT 1", [self._run_id])
+            self._run = next(iter(runs.to_pylist()), {})
             alerts = history.query(_ALERTS, [self._run_id, self._run.get("attempt", 0)])
             self._alerts = [_firing(row) for row in alerts.to_pylist()]
 

@@ -69,7 +69,8 @@ def report_html(readings: Sequence[Reading], *, made_at: datetime | None = None)
         data=Markup(as_json(payload(readings))),  # escaped for a script element
         runs=[_run(reading) for reading in readings],
         compared=_compared(readings),
-        several_widths=len({int(width) for reading in readings for width in reading.grid.widths}) > 1,
+        several_widths=len({reading.grid.site for reading in readings}) == 1
+        and len({int(width) for reading in readings for width in reading.grid.widths}) > 1,
         has_pre=any(reading.pre is not None for reading in readings),
         made_at=f"{made_at or datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=_version(),

@@ -40,7 +40,8 @@ MISSING, COMPLETE, INCOMPLETE, NOT_FINITE = range(4)
 def payload(readings: Sequence[Reading]) -> dict[str, Any]:
     """The data of all charts, as values that JSON knows."""
     most = max(STEPS_LEAST, CELLS_MOST // sum(len(reading.grid.layers) for reading in readings))
-    points = [point for reading in readings for point in reading.points]
+    one_site = len({reading.grid.site for reading in readings}) == 1  # else there is no law that all follow
+    points = [point for reading in readings for point in reading.points if one_site]
     return {
         "runs": [_run(reading, most) for reading in readings],
         "templates": _templates(readings),

@@ -64,7 +64,9 @@ def read_run(history: History, run_id: str, *, runs: int = 1) -> Reading:
         for reason, count in attempt["dropped"] or []:
             dropped[reason] = dropped.get(reason, 0) + count
     alerts = history.query(
-        "SELECT * FROM alerts WHERE run_id = ? ORDER BY state = 'firing' DESC, since_step, layer, kind", [run_id]
+        "SELECT * REPLACE (CASE WHEN state = 'firing' AND attempt < ? THEN 'ended' ELSE state END AS state) "
+        "FROM alerts WHERE run_id = ? ORDER BY state = 'firing' DESC, since_step, layer, kind",
+        [attempts[-1]["attempt"] if attempts else 0, run_id],
     ).to_pylist()
     return Reading(
         grid=grid,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from eigenwatch.aggregator.config import SolverConfig
-from eigenwatch.aggregator.solver import LAST_TRIES, Job, LocalSolver, Rung, RungFailed, climb, ladder, unsolved
+from eigenwatch.aggregator.solver import Job, LocalSolver, Rung, RungFailed, climb, ladder, unsolved
+from eigenwatch.aggregator.solver_process import DEAD_TRIES
 from eigenwatch.schemas import METRIC_NAMES, Origin, PartialSamples, RecordKey
 from eigenwatch.spectrum import Group, merge, samples_of
 
@@ -160,7 +161,7 @@ def climbing(failing: dict[str, bool], jobs: int = 1):
     def attempt(jobs, rung):
         tried.append((str(rung), len(jobs)))
         if str(rung) in failing:
-            raise RungFailed(f"no {rung}", died=failing[str(rung)])
+            raise RungFailed(f"no {rung}", DEAD_TRIES if failing[str(rung)] else 1)
         return [unsolved()._replace(path=str(rung)) for _ in jobs]
 
     return tried, climb([job_of(tokens(9))] * jobs, RUNGS, attempt)
@@ -182,8 +183,8 @@ def test_a_job_that_fails_on_every_rung_is_unsolved_and_says_why():
 
 def test_a_solver_that_died_on_the_last_rung_is_given_it_again():
     tried, (solved,) = climbing({"cuda-float64": False, "cuda-float32": False, "cpu-float64": True})
-    assert [rung for rung, _ in tried[2:]] == ["cpu-float64"] * LAST_TRIES
-    assert solved.failure.count("no cpu-float64") == LAST_TRIES
+    assert [rung for rung, _ in tried[2:]] == ["cpu-float64"] * DEAD_TRIES
+    assert solved.failure.count("no cpu-float64") == DEAD_TRIES
 
 
 def test_jobs_that_fail_together_are_tried_one_by_one():

@@ -14,8 +14,8 @@ import pytest
 import torch
 from eigenwatch.aggregator import solver_process
 from eigenwatch.aggregator.config import SolverConfig
-from eigenwatch.aggregator.solver import LAST_TRIES, Job, LocalSolver, Solved
-from eigenwatch.aggregator.solver_process import SolverProcess
+from eigenwatch.aggregator.solver import Job, LocalSolver, Solved
+from eigenwatch.aggregator.solver_process import DEAD_TRIES, SolverProcess
 from eigenwatch.spectrum import Group
 
 from tests.processes import end_all, marked_environment, wait_until
@@ -162,7 +162,7 @@ def test_a_job_that_kills_every_solver_is_unsolved_and_the_next_is_solved(solver
     stop.set()
     killer.join()
     assert (solved.path, solved.eigenvalues, solved.finite) == (None, None, True)
-    assert solved.failure.count("the solver process died (signal 9)") == LAST_TRIES
+    assert solved.failure.count("the solver process died (signal 9)") == DEAD_TRIES
     assert solver.solve([job_of(tokens(30))])[0].path == "cpu-float64"
 
 

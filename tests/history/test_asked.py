@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from eigenwatch.history import History, open_history
+from eigenwatch.history.asked import asked_runs
+from eigenwatch.history.guard import check_statement
 
 from tests.history.stored import alert, record, run, spectrum, write
 
@@ -128,3 +130,8 @@ def test_the_connection_shows_all_runs_whatever_was_asked_before(history: Histor
 @pytest.mark.parametrize("run_id", ["../a", "nowhere", "", "a/../b", "a'"])
 def test_a_run_that_is_not_there_has_no_rows(history: History, run_id: str) -> None:
     assert history.query("FROM records WHERE run_id = ?", [run_id]).num_rows == 0
+
+
+def test_a_column_that_was_renamed_to_run_id_confines_nothing(history: History) -> None:
+    sql = "FROM runs AS renamed(x, y, run_id) WHERE run_id = 'a'"
+    assert asked_runs(check_statement(history.connection, sql)) is None

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.history.stored import NOT_FINITE, record, write
-from tests.history.sweep import HARD, SOFT, WIDTHS, ranks, write_run, write_sweep
+from tests.history.sweep import HARD, SOFT, STEPS, WIDTHS, ranks, write_run, write_sweep
 
 PAPER_WIDTHS = [768 * alpha for alpha in (1, 2, 2.67, 4, 5, 6, 7, 8)]
 PAPER_HARD = [14, 30, 32, 25, 50, 31, 76, 53]
@@ -133,6 +133,11 @@ def test_sql_fits_the_same_laws(tmp_path: Path) -> None:
     noise = dict(zip(WIDTHS, (1.0, 1.2, 0.8, 1.1, 0.9), strict=True))
     for width in WIDTHS:
         write_run(tmp_path, f"noisy-{width}", width, noise=noise[width])
+        skipped = {"solver": "skipped", "hard_rank": None, "soft_rank": None}
+        last = STEPS[-1]
+        write(
+            tmp_path, f"noisy-{width}", "records", *[record(last + n, 0, width=width, **skipped) for n in range(1, 40)]
+        )
     (found,) = fitted(tmp_path)
     with open_history(tmp_path) as history:
         runs = ", ".join(f"'noisy-{width}'" for width in WIDTHS)

@@ -3,7 +3,9 @@ import dataclasses
 import math
 import pickle
 import warnings
+from collections import deque
 
+import numpy as np
 import pytest
 import torch
 from eigenwatch.schemas import packed_length
@@ -153,6 +155,41 @@ def test_what_is_folded_together_is_the_sum_in_every_piece():
     expected = sum(two_pass_scatter(x) for x in x_ND)
     torch.testing.assert_close(unpack(group.within, 400), expected, rtol=1e-4, atol=1e-3)
     assert_same(group, merge(together), expected)
+
+
+def test_what_comes_while_another_folds_is_not_lost():
+    """A rank without tokens folds nothing; the other's scatter comes between its look and its sum."""
+    late = partial_of(torch.randn(4, 6), rank=1)
+
+    class Waiting(deque):
+        def __len__(self) -> int:
+            length = super().__len__()
+            if late.rank not in group.ranks:
+                group.take_(late)
+            return length
+
+    group = Group(width=6, _waiting=Waiting())
+    group.take_(partial_of(torch.empty(0, 6), rank=0))
+    group.fold_()
+    group.fold_()
+    assert_same(group, merge([partial_of(torch.empty(0, 6), rank=0), late]), torch.eye(6))
+
+
+def test_without_memory_for_the_sum_what_was_taken_waits_on(monkeypatch):
+    partials = partials_of([torch.randn(4, 6), torch.randn(4, 6)])
+    group = Group(width=6)
+    for one in partials:
+        group.take_(one)
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "zeros", full)
+        with pytest.raises(MemoryError):
+            group.fold_()
+    group.fold_()
+    assert_same(group, merge(partials), torch.eye(6))
 
 
 def test_what_is_not_finite_ends_a_sum_that_others_still_fold():
