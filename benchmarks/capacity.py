@@ -22,7 +22,7 @@ from eigenwatch.aggregator.actors import ShardActor, remote
 from eigenwatch.aggregator.config import ShardLimits, SolverConfig
 from eigenwatch.aggregator.ownership import owners
 from eigenwatch.schemas import LayerDescription, Origin, RecordKey, RunDescription, WirePartial, packed_length
-from eigenwatch.spectrum import Moments, partial_of
+from eigenwatch.spectrum import Group, Moments, partial_of
 from rich.console import Console
 from rich.table import Table
 from scipy.optimize import nnls
@@ -170,6 +170,21 @@ def fitted(cluster: Cluster, widths: tuple[int, ...], rounds: int) -> Rates:
     return Rates(float(cubic), float(square))
 
 
+def added_bytes_per_second(width: int, rounds: int) -> float:
+    """How fast one thread of a shard adds up partials of one record, four at a time as they wait for it."""
+    moments = Moments(width)
+    moments.add(torch.randn(width // 4, width))
+    key = RecordKey("adding", 0, 0, 0, "post", None)
+    group, seconds = Group(width=width), []
+    for first in range(0, 4 * (rounds + 1), 4):
+        for rank in range(first, first + 4):
+            group.take_(partial_of(moments, Origin(key=key, rank=rank, share=rank, captured_at=1.0)))
+        started = time.perf_counter()
+        group.fold_()
+        seconds.append(time.perf_counter() - started)
+    return 4 * 4 * packed_length(width) / statistics.median(seconds[1:])  # the first also touches new memory
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small matrices: it shows that the benchmark runs")
@@ -200,13 +215,16 @@ def main() -> None:
     ray.shutdown()
     console.print(table)
     console.print(f"One solve here: {rates.cubic:.2e}·D³ + {rates.square:.2e}·D² seconds, by widths {known}.")
-    console.print(large_runs())
+    rate = added_bytes_per_second(large, rounds)
+    console.print(f"One thread adds {rate / 1e9:.2g} GB of partials a second.")
+    console.print(large_runs(rate))
 
 
-def large_runs() -> Table:
-    """What the model says of 1 024 ranks, 80 layers and D = 28 672 on 8 shards."""
+def large_runs(bytes_per_second: float) -> Table:
+    """What the model says of 1 024 ranks, 80 layers and D = 28 672 on 8 shards, of which one thread adds so much."""
     table = Table(title="1 024 ranks, 80 layers, D = 28 672, 8 shards: one sampled step of all layers")
-    for heading in ("layout", "GB a node", "s of its link", "GB a shard", "s of its link", "s to solve: GPU, at least"):
+    for heading in ("layout", "GB a node", "s of its link", "GB a shard", "s of its link", "s to add up, one thread",
+                    "s to solve: GPU, at least"):  # fmt: skip
         table.add_column(heading)
     for one in (
         Layout("data parallel, 128 nodes", 128, 8, 80, 80, 28672, shards=8),
@@ -219,6 +237,7 @@ def large_runs() -> Table:
             f"{one.node_bytes / LINK_BYTES_PER_SECOND:.2g}",
             f"{one.shard_bytes / 1e9:.0f}",
             f"{one.shard_bytes / LINK_BYTES_PER_SECOND:.2g}",
+            f"{one.shard_bytes / bytes_per_second:.0f}",
             f"{gpu:.0f}",
         )
     return table
