@@ -9,6 +9,7 @@ is shown for a while, until its couriers speak or not, and it is lost only when 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -194,12 +195,16 @@ class Coordinator:
             self._launches[(one.run.run_id, one.attempt)] = OpenLaunch.taken_up(one, silent)
 
     def _keep(self, counted: Counted) -> None:
-        """Notes what the shards that live have counted; what others had is added up."""
+        """Notes what the shards that live have counted. What others had is added up, and what a shard had that has
+        forgotten the run since: its launch had ended, and a later job brings what is left of it."""
         for run_id in {run_id for run_id, _ in self._launches} if counted else ():
             before = self._counters.get(run_id, {})
             kept = {shard: by_run[run_id] for shard, by_run in counted.items() if run_id in by_run}
-            for gone in before.keys() - counted.keys():
-                kept[EARLIER] = kept.get(EARLIER, RunCounters()).plus(before[gone])
+            lost = [
+                had for shard, had in before.items() if shard not in kept or kept[shard].received < had.received
+            ]  # what was earlier before is among them
+            if lost:
+                kept[EARLIER] = functools.reduce(RunCounters.plus, lost)
             self._counters[run_id] = kept
 
     def _kept_of(self, launch: OpenLaunch) -> dict[str, Any]:

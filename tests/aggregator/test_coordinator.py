@@ -294,6 +294,17 @@ def test_what_a_shard_had_counted_before_it_died_stays_counted(coordinator):
     assert earlier(coordinator, twice) == RunCounters(), "another launch of the run begins anew"
 
 
+def test_what_a_shard_forgot_with_a_launch_that_is_opened_again_stays_counted(coordinator):
+    coordinator.open_run(launch("a"))
+    assert earlier(coordinator, COUNTED) == RunCounters()
+    finish(coordinator)
+    coordinator.open_run(launch("a"))
+    forgotten = {"s1": {}, "s2": COUNTED["s2"]}
+    assert earlier(coordinator, forgotten) == COUNTED["s1"]["run"]
+    again = {"s1": {"run": RunCounters(1)}, "s2": COUNTED["s2"]}
+    assert earlier(coordinator, again) == COUNTED["s1"]["run"], "once"
+
+
 def test_counters_survive_the_coordinator_and_everything_else(coordinator, tmp_path):
     coordinator.open_run(launch("a"))
     coordinator.heartbeat("run", 0, 1, {"outbox_full": 3})
