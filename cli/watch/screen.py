@@ -76,8 +76,7 @@ def show(source: Source, where: str, metric: str, interval_seconds: float) -> No
                     live.update(draw(reading.view, time.time(), size.width, size.height), refresh=True)
                     ready, _, _ = select.select([reading.news, signalled, *keys], [], [], REDRAW_SECONDS)
                     said = {one: os.read(one, 1024) for one in ready}
-                    ends = bytes([signal.SIGINT]), bytes([signal.SIGTERM])
-                    if any(end in said.get(signalled, b"") for end in ends):
+                    if any(end in said.get(signalled, b"") for end in _ENDING):
                         return
                     if any(said.get(key) == b"" or b"q" in said.get(key, b"").lower() for key in keys):
                         return
@@ -87,13 +86,17 @@ def show(source: Source, where: str, metric: str, interval_seconds: float) -> No
             raise reading.error
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[int]:
     """A pipe on which the numbers of signals come; Python's own handling of them is put off meanwhile."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    watched = (signal.SIGINT, signal.SIGTERM, signal.SIGWINCH)
+    watched = (*_ENDING, signal.SIGWINCH)
     before: dict[signal.Signals, Any] = {one: signal.signal(one, lambda *_: None) for one in watched}
+    before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # a shell would get its terminal as it is
     earlier = signal.set_wakeup_fd(writer)
     try:
         yield reader

@@ -445,16 +445,19 @@ def test_a_new_size_of_the_window_is_drawn_at_once(store: Path, terminal) -> Non
     assert screen.ended() == 0
 
 
-@pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("end", ["Ctrl-C", "Ctrl-\\", "SIGTERM", "SIGHUP"])
 def test_it_waits_for_a_store_and_ends_quietly_by(end: str, tmp_path: Path, terminal) -> None:
     screen = terminal(100, 20, "llama", "--store", str(tmp_path / "store"), "--interval", "0.1")
     screen.wait_for("waiting: no store at")
     write(tmp_path / "store", "llama", "records", record(10))
     screen.wait_for("step 10")
-    if end == "Ctrl-C":
-        screen.type("\x03")
+    screen.type("\x1a")  # Ctrl-Z would leave a shell with half a terminal
+    write(tmp_path / "store", "llama", "records", record(20))
+    screen.wait_for("step 20")
+    if end.startswith("Ctrl"):
+        screen.type({"Ctrl-C": "\x03", "Ctrl-\\": "\x1c"}[end])
     else:
-        screen.process.send_signal(signal.SIGTERM)
+        screen.process.send_signal(getattr(signal, end))
     assert screen.ended() == 0
     assert "Traceback" not in screen.shown
 
