@@ -57,7 +57,8 @@ service = forked(write)
 ended = killed = 0
 seen, removed = set(), set()
 began = time.monotonic()
-while killed < kills or not removed or time.monotonic() < began + 3 * GRACE_SECONDS:
+patient = lambda seconds: time.monotonic() < began + seconds
+while killed < kills or patient(3 * GRACE_SECONDS) or (not removed and patient(20 * GRACE_SECONDS)):
     parts = set(Path(store).glob("run_id=*/records/part-*.parquet"))
     removed |= seen - parts
     seen |= parts
