@@ -63,7 +63,8 @@ while killed < kills or patient(3 * GRACE_SECONDS) or (not removed and patient(2
     removed |= seen - parts
     seen |= parts
     child = forked(lambda: compact(open_store(store), config))
-    at = time.monotonic() + random.choice([0.05, 0.5, 3.0]) * random.random()
+    enough = killed >= kills and not patient(3 * GRACE_SECONDS)  # now they may end, however slow this machine is
+    at = time.monotonic() + (60.0 if enough else random.choice([0.05, 0.5, 3.0]) * random.random())
     while not (left := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < at:
         time.sleep(0.001)
     if left[0]:
