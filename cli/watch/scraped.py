@@ -19,6 +19,7 @@ from prometheus_client.samples import Sample
 from ...schemas import prometheus as names
 from .view import (
     HISTORY_SAMPLES,
+    RATE_SECONDS,
     VALUES,
     Firing,
     Ingestion,
@@ -32,7 +33,6 @@ from .view import (
 )
 
 ANSWER_SECONDS = 5.0
-RATE_SECONDS = 60.0
 
 
 class Looked(NamedTuple):

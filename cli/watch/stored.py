@@ -6,17 +6,19 @@ only those that are new, so that watching costs a listing a second, however larg
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...history import History, open_history
+from ...history.export import OVERLAP
 from ...schemas.store import Place, Store, open_store
 from .view import (
     HISTORY_SAMPLES,
     NO_RECORD,
+    RATE_SECONDS,
     VALUES,
     Firing,
     Ingestion,
@@ -29,10 +31,6 @@ from .view import (
     waiting,
 )
 
-RATE_SECONDS = 60.0
-"""Records per second are counted over this long."""
-OVERLAP = timedelta(hours=1)
-"""Parts become visible in another order than their rows were written; no writer is later than this."""
 _COLUMNS = (
     "step", "attempt", "layer", "site", "expert", "width", "finite", "complete", "ranks_seen", "ranks_missing",
     "solver", "captured_at", "written_at",

@@ -19,6 +19,8 @@ VALUES = (
     "effective_dimension",
 )
 """Shown of every layer's last record; the metric that is watched has its history too."""
+RATE_SECONDS = 60.0
+"""Records per second are counted over this long."""
 HISTORY_SAMPLES = 120
 """Kept of every layer: as many as the widest sparkline shows."""
 
