@@ -10,7 +10,7 @@ demo: setup
 	$(BIN)/eigenwatch demo $(ARGS)
 
 test: setup tools
-	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # As long as asked: make chaos ARGS="--seeds 20"; the same faults again: ARGS="--seed 7".
 chaos: setup

@@ -14,12 +14,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 import torch
 from eigenwatch.agent.combine import combine
-from eigenwatch.aggregator.actors import ShardActor, remote
+from eigenwatch.aggregator.actors import THREADS, ShardActor, remote
 from eigenwatch.aggregator.config import ShardLimits, SolverConfig
 from eigenwatch.aggregator.shard import Shard
 from eigenwatch.aggregator.snapshot import Histogram
@@ -35,6 +36,7 @@ from eigenwatch.schemas import (
     WirePartial,
 )
 from eigenwatch.spectrum import Group, Moments, partial_of, samples_of
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -216,11 +218,19 @@ def push(size: Size) -> list[Row]:
         ray.shutdown()
 
 
+class Reader:
+    """An actor that reads every number of what it is sent: no shard can do less."""
+
+    def push(self, header: dict[str, Any], mean: NDArray[np.float64], payload: NDArray[np.float32]) -> float:
+        return float(payload.max())
+
+
 def push_over_put(store: str, width: int, rounds: int) -> list[Row]:
     run = one_layer_run(f"push-{width}", width, ranks=PUSHES * (rounds + 2))  # no record is ever complete
     limits = ShardLimits(deadline_seconds=PATIENCE_SECONDS, memory_bytes=8 << 30)
     shard = remote(ShardActor, num_cpus=1).remote(store, CPU, limits)
     ray.get(shard.open_run.remote(run.to_wire(), 0, [0], 0))
+    reader = ray.remote(Reader).options(num_cpus=1, max_concurrency=THREADS).remote()
     header, mean, payload = scatter_of(activations(2 * width, width), 0).to_wire()
     next_rank = iter(range(PUSHES * (rounds + 2)))
 
@@ -230,17 +240,24 @@ def push_over_put(store: str, width: int, rounds: int) -> list[Row]:
         replies = ray.get([shard.push.remote(one, mean, payload) for one in sent])
         assert {reply.status for reply in replies} == {"merged"}
 
+    def read() -> None:
+        ray.get([reader.push.remote(header, mean, payload) for _ in range(PUSHES)])
+
     pushed()
-    ratios, rates = [], []
+    read()
+    ratios, bounds, rates = [], [], []
     for _ in range(rounds):
         put = timed(lambda: [ray.put(payload) for _ in range(PUSHES)]) / PUSHES
+        bounds.append(timed(read) / PUSHES / put)
         taken = timed(pushed) / PUSHES
         ratios.append(taken / put)
         rates.append(payload.nbytes / taken / 1e9)
     ray.kill(shard)
+    ray.kill(reader)
     target = "≤ 1.6" if width >= 3072 else ""
     return [
         Row(f"push until merged, {PUSHES} in flight / ray.put of the same bytes, D={width}", ratios, target),
+        Row(f"… the same to an actor that only reads every number, D={width}", bounds),
         Row(f"… pushed and merged, GB/s, D={width}", rates),
     ]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.processes import end_all, marked_environment
+from tests.processes import NEVER_BEHIND, end_all, marked_environment
 
 torch.set_num_threads(1)
 
@@ -30,9 +30,10 @@ class Served(NamedTuple):
 
 
 def start_serve(store: Path | str, *options: str) -> Served:
+    """Where `options` do not say otherwise, it lets jobs keep their cadence however slow this machine is."""
     marker, environment = marked_environment()
     command = [sys.executable, "-m", "eigenwatch.cli", "serve", "--json", "--store", str(store), "--metrics-port", "0"]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen([*command, *NEVER_BEHIND, *options], stdout=subprocess.PIPE, env=environment)
     assert process.stdout is not None
     ready = json.loads(process.stdout.readline())
     return Served(ready["address"], ready["metrics_url"], Path(store), marker, process)

@@ -78,9 +78,15 @@ def test_a_killed_trainer_leaves_a_readable_store_with_every_closed_record_and_n
     out, store = tmp_path / "job", tmp_path / "store"
     job = start_job(
         out, job_environment, "--run-id", "trainer-dies", "--store", str(store),
-        "--steps", "500", "--every", "2", "--step-seconds", "0.2",
+        "--steps", "100000", "--every", "2", "--step-seconds", "0.2",
     )  # fmt: skip
-    wait_until(lambda: step_of(out) >= 13, "step 13")
+    early = {(step, layer) for step in range(0, 7, 2) for layer in range(LAYERS)}
+
+    def whole() -> set[tuple[int, int]]:
+        return {(step, layer) for step, layer, complete in records(store, "trainer-dies") if complete}
+
+    wait_until(lambda: any(store.rglob("records/part-*.parquet")) and whole() >= early, "complete records")
+    sampled = step_of(out) - 6
     marker = job_environment["EIGENWATCH_TEST_MARKER"]
     for pid, command in marked(marker).items():
         if "tests.jobs.train" in command:
@@ -88,10 +94,8 @@ def test_a_killed_trainer_leaves_a_readable_store_with_every_closed_record_and_n
     job.wait(PATIENCE_SECONDS)
     wait_for_the_end_of_all(marker)
     assert read_whole_store(store) > 0
-    found = records(store, "trainer-dies")
-    whole = [(step, layer) for step, layer, complete in found if complete]
     # What the outbox's threads had not handed over yet died with them.
-    assert set(whole) >= {(step, layer) for step in range(0, 7, 2) for layer in range(LAYERS)}
+    assert whole() >= {(step, layer) for step in range(0, sampled, 2) for layer in range(LAYERS)}
     with open_history(store) as history:
         (run,) = history.query("SELECT status FROM runs").to_pylist()
     assert run["status"] == "lost"

@@ -19,7 +19,7 @@ LAYERS = 3
 @pytest.fixture
 def two_shards(tmp_path):
     """An aggregator of two shards, one of which is soon taken for away."""
-    served = start_serve(tmp_path / "store", "--shards", "2", "--away", "3", "--deadline", "5", "--behind", "600")
+    served = start_serve(tmp_path / "store", "--shards", "2", "--away", "3", "--deadline", "5")
     yield served
     for pid in marked(served.marker):
         os.kill(pid, signal.SIGCONT)

@@ -17,7 +17,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from tests.processes import PATIENCE_SECONDS, end_all, marked, marked_environment, wait_until
+from tests.processes import NEVER_BEHIND, PATIENCE_SECONDS, end_all, marked, marked_environment, wait_until
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 SHARDS = 2
@@ -89,7 +89,7 @@ class Aggregator:
         ]  # fmt: skip
         with (self._folder / "serve.log").open("ab") as log:
             self._serve = subprocess.Popen(
-                [*command, *self._options()], stdout=subprocess.PIPE, stderr=log, env=self.environment
+                [*command, *NEVER_BEHIND, *self._options()], stdout=subprocess.PIPE, stderr=log, env=self.environment
             )
         assert self._serve.stdout is not None
         if not select.select([self._serve.stdout], [], [], PATIENCE_SECONDS)[0]:

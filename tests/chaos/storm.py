@@ -208,7 +208,7 @@ class Storm:
     # The supervisor's thread
 
     def _supervise(self) -> None:
-        while not self._over.wait(0.25):
+        while not self._over.wait(0.5):
             self._guarded(self.aggregator.supervise)
             self._guarded(self.training.supervise)
             if self.aggregator.metrics_url is not None:

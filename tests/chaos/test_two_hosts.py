@@ -25,7 +25,7 @@ from tests.chaos.hosts import TwoHosts
 from tests.chaos.job import EVERY
 from tests.chaos.training import Training
 from tests.chaos.verdict import judge, longest_stall
-from tests.processes import PATIENCE_SECONDS, end_all, marked, marked_environment, wait_until
+from tests.processes import NEVER_BEHIND, PATIENCE_SECONDS, end_all, marked, marked_environment, wait_until
 
 PORT = 6399
 NODE_DEATH_SECONDS = 10.0
@@ -129,7 +129,10 @@ def start_serve(hosts: TwoHosts, environment: dict[str, str], store: Path) -> "s
     where = ["--address", f"{hosts.aggregator.address}:{PORT}", "--metrics-port", "0", "--deadline", "3"]
     with (store.parent / "serve.log").open("ab") as log:
         serve = subprocess.Popen(
-            [*hosts.aggregator.prefix, *command, *where], env=environment, stdout=subprocess.PIPE, stderr=log
+            [*hosts.aggregator.prefix, *command, *where, *NEVER_BEHIND],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=log,
         )
     assert serve.stdout is not None
     assert serve.stdout.readline(), (store.parent / "serve.log").read_text()
