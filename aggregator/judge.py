@@ -7,12 +7,18 @@ again.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..schemas import COLLAPSE, RecordKey, SeriesKey
-from .collapse import CollapseDetector, Observation
+from ..schemas import COLLAPSE, NON_FINITE, RecordKey, SeriesKey
+from .collapse import CollapseDetector
+from .detector import Detector, Observation, Transition
+from .non_finite import NonFiniteDetector
+
+RECALLED_SAMPLES = max(COLLAPSE.window_samples, NON_FINITE.leave_samples)
+"""How many of a series' newest records a judge needs that starts again."""
 
 
 class Alert(NamedTuple):
@@ -28,7 +34,7 @@ class Judge:
     """Owns the detectors of every series; the shard calls it under its lock."""
 
     def __init__(self) -> None:
-        self._detectors: dict[SeriesKey, CollapseDetector] = {}
+        self._detectors: dict[SeriesKey, list[Detector]] = {}
         self._last_step: dict[SeriesKey, int] = {}
         self._open: dict[tuple[SeriesKey, str], str] = {}
         """Ids of the alerts that fire."""
@@ -37,33 +43,38 @@ class Judge:
     def judge(self, key: RecordKey, record: dict[str, Any]) -> list[dict[str, Any]]:
         """The rows of `alerts` (without `written_at`) that a new record causes.
 
-        A record that is older than one already judged, or that is not finite, moves no detector.
+        A record that is older than one already judged moves no detector.
         """
         series = key.series
-        detector = self._detectors.setdefault(series, CollapseDetector(COLLAPSE))
-        if not record["finite"] or key.step <= self._last_step.get(series, -1):
+        if key.step <= self._last_step.get(series, -1):
             return []
         self._last_step[series] = key.step
-        transition = detector.update(_observation(key.step, record))
-        if transition is None:
-            return []
-        name = (series, detector.kind)
+        seen, rows = _observation(key.step, record), []
+        for detector in self._of(series):
+            transition = detector.update(seen)
+            if transition is not None:
+                rows.append(self._row(key, detector, transition))
+        return rows
+
+    def _of(self, series: SeriesKey) -> list[Detector]:
+        return self._detectors.setdefault(series, [CollapseDetector(COLLAPSE), NonFiniteDetector(NON_FINITE)])
+
+    def _row(self, key: RecordKey, detector: Detector, transition: Transition) -> dict[str, Any]:
+        name = (key.series, detector.kind)
         alert_id = self._open.setdefault(name, uuid.uuid4().hex)
         if not transition.firing:
             del self._open[name]
-        self.alerts[name] = Alert(series, detector.kind, detector.severity, transition.firing)
-        return [
-            {
-                "alert_id": alert_id,
-                **_key_columns(key),
-                "kind": detector.kind,
-                "severity": detector.severity,
-                "state": "firing" if transition.firing else "resolved",
-                "since_step": transition.since_step,
-                "reason": transition.reason,
-                "evidence_steps": transition.evidence_steps,
-            }
-        ]
+        self.alerts[name] = Alert(key.series, detector.kind, detector.severity, transition.firing)
+        return {
+            "alert_id": alert_id,
+            **_key_columns(key),
+            "kind": detector.kind,
+            "severity": detector.severity,
+            "state": "firing" if transition.firing else "resolved",
+            "since_step": transition.since_step,
+            "reason": transition.reason,
+            "evidence_steps": transition.evidence_steps,
+        }
 
     def recall(
         self,
@@ -77,8 +88,9 @@ class Judge:
             alerts: the newest row of each alert, by series and kind.
         """
         for series, records in judged.items():
-            detector = self._detectors[series] = CollapseDetector(COLLAPSE)
-            detector.recall(_observation(record["step"], record) for record in records)
+            self._detectors.pop(series, None)
+            for detector in self._of(series):
+                detector.recall(_observation(record["step"], record) for record in records)
             if records:
                 self._last_step[series] = records[-1]["step"]
         for (series, kind), row in alerts.items():
@@ -86,7 +98,9 @@ class Judge:
             self.alerts[(series, kind)] = Alert(series, kind, row["severity"], firing)
             if firing:
                 self._open[(series, kind)] = row["alert_id"]
-                self._detectors.setdefault(series, CollapseDetector(COLLAPSE)).recall_firing(row["since_step"])
+                for detector in self._of(series):
+                    if detector.kind == kind:
+                        detector.recall_firing(row["since_step"])
 
     def forget(self, ended: set[tuple[str, int]]) -> None:
         """Drops the series of launches, (run, attempt), that have ended."""
@@ -103,12 +117,16 @@ class Judge:
 
 
 def _observation(step: int, record: Mapping[str, Any]) -> Observation:
+    def value(name: str) -> float:
+        return math.nan if record[name] is None else float(record[name])
+
     return Observation(
         step,
-        record["hard_rank"],
-        record["hard_utilization"],
-        record["spectral_concentration"],
+        value("hard_rank"),
+        value("hard_utilization"),
+        value("spectral_concentration"),
         record["width"],
+        record["finite"],
     )
 
 

@@ -23,7 +23,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ..schemas import (
-    COLLAPSE,
     DATA_QUALITY,
     GROUP,
     METRIC_NAMES,
@@ -44,7 +43,7 @@ from ..spectrum import covariance_of
 from .announced import check_announced, check_clock
 from .backlog import Backlog
 from .config import ShardLimits, SolverConfig
-from .judge import Judge
+from .judge import RECALLED_SAMPLES, Judge
 from .open_records import ClosedRecord, OpenRecords
 from .outcomes import Outcomes
 from .pressure import Pressure
@@ -167,7 +166,7 @@ class Shard:
     ) -> tuple[dict[SeriesKey, SeriesMemory], dict[tuple[SeriesKey, str], dict[str, Any]]]:
         """The newest of each series of a launch; nothing where the store cannot say, which must not stop the launch."""
         try:
-            memory = series_memory(self._writer.store, run_id, attempt, COLLAPSE.window_samples)
+            memory = series_memory(self._writer.store, run_id, attempt, RECALLED_SAMPLES)
             return memory, stored_alerts(self._writer.store, run_id, attempt)
         except (OSError, ValueError, pa.ArrowException) as error:
             log.error("run %s: alerts start anew, its records cannot be read: %s", run_id, error)
@@ -425,7 +424,8 @@ class Shard:
             if solved.failure is not None:
                 self._tally.dropped(key.run_id, "unsolved", len(closed.ranks))
             # Now and not when it is written: a pair may wait, an alert need not. What moved is judged elsewhere.
-            if record.eigenvalues is not None and self._owns(key.series):
+            judgeable = record.eigenvalues is not None or not record.row["finite"]
+            if judgeable and self._owns(key.series):
                 record = record._replace(alerts=tuple(self._judge.judge(key, record.row)))
             self._tally.solved(solve_seconds)
             self._join(record)

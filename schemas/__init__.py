@@ -21,7 +21,7 @@ from .tables import (
     default_store,
     table_folder,
 )
-from .thresholds import COLLAPSE, STALE_AFTER_SECONDS, CollapseThresholds
+from .thresholds import COLLAPSE, NON_FINITE, STALE_AFTER_SECONDS, CollapseThresholds, NonFiniteThresholds
 from .tiles import TILE_ROWS, Tile, packed_length, packed_offset, row_blocks, row_tiles
 from .wire import REFUSAL_REASONS, ROWS_DTYPES, WIRE_VERSION, Origin, PartialRefused, WirePartial, payload_dtype
 
@@ -34,6 +34,7 @@ __all__ = [
     "METRICS",
     "METRIC_NAMES",
     "MIXED",
+    "NON_FINITE",
     "RECORDS",
     "REFUSAL_REASONS",
     "ROWS_DTYPES",
@@ -53,6 +54,7 @@ __all__ = [
     "CollapseThresholds",
     "LayerDescription",
     "Metric",
+    "NonFiniteThresholds",
     "Origin",
     "Part",
     "Partial",

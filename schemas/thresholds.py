@@ -41,7 +41,20 @@ class CollapseThresholds:
             raise ValueError(f"window_samples must be at least 1, got {self.window_samples}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NonFiniteThresholds:
+    """A layer is not finite from the first sample with a NaN or an infinity on."""
+
+    leave_samples: int = 3
+    """Consecutive finite samples before the alert resolves."""
+
+    def __post_init__(self) -> None:
+        if self.leave_samples < 1:
+            raise ValueError(f"leave_samples must be at least 1, got {self.leave_samples}")
+
+
 COLLAPSE = CollapseThresholds()
+NON_FINITE = NonFiniteThresholds()
 
 STALE_AFTER_SECONDS = 900
 """A running run without a new record for this long has stale telemetry."""

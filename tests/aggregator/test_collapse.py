@@ -1,7 +1,8 @@
 """The collapse detector: what it calls a collapse, and what does not move it."""
 
 import pytest
-from eigenwatch.aggregator.collapse import CollapseDetector, Observation, Transition
+from eigenwatch.aggregator.collapse import CollapseDetector
+from eigenwatch.aggregator.detector import Observation, Transition
 from eigenwatch.schemas import CollapseThresholds
 from hypothesis import given
 from hypothesis import strategies as st

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 from eigenwatch.aggregator.judge import Judge
-from eigenwatch.schemas import ALERTS, COLLAPSE, METRIC_NAMES, RecordKey
+from eigenwatch.schemas import ALERTS, COLLAPSE, METRIC_NAMES, NON_FINITE, RecordKey
 
 WINDOW = COLLAPSE.window_samples
 KEY = RecordKey("run", 0, 0, 3, "post", None)
@@ -71,13 +71,35 @@ def test_a_record_that_is_older_or_comes_again_moves_nothing(judge):
     assert row["evidence_steps"] == [100, 200, 300]
 
 
-def test_a_record_that_is_not_finite_moves_nothing(judge):
+def test_a_record_that_is_not_finite_does_not_move_the_collapse(judge):
     tell(judge, range(WINDOW - 1), COLLAPSED)
-    assert tell(judge, range(10, 20), BROKEN) == []
+    (broken,) = tell(judge, range(10, 20), BROKEN)
+    assert (broken["kind"], broken["state"], broken["severity"]) == ("non_finite", "firing", "critical")
+    assert (broken["since_step"], broken["evidence_steps"]) == (10, [10])
+    assert "step 10" in broken["reason"]
     (row,) = tell(judge, [20], COLLAPSED)
-    assert row["state"] == "firing"
+    assert (row["kind"], row["state"]) == ("collapse", "firing")
     assert tell(judge, range(30, 40), BROKEN) == []
-    assert firing(judge) == {(KEY.series, "collapse"): True}
+    assert firing(judge) == {(KEY.series, "collapse"): True, (KEY.series, "non_finite"): True}
+
+
+def test_what_was_not_finite_is_over_after_some_finite_samples_in_a_row(judge):
+    enough = NON_FINITE.leave_samples
+    (fired,) = tell(judge, [0], BROKEN)
+    assert tell(judge, range(1, enough), HEALTHY) == []
+    assert tell(judge, [enough], BROKEN) == [], "it fires still"
+    (resolved,) = tell(judge, range(10, 10 + enough), HEALTHY)
+    assert (resolved["state"], resolved["alert_id"]) == ("resolved", fired["alert_id"])
+    (anew,) = tell(judge, [50], BROKEN)
+    assert anew["alert_id"] != fired["alert_id"]
+
+
+def test_what_is_not_finite_stays_so_over_a_restart(judge):
+    (fired,) = tell(judge, [5], BROKEN)
+    again = continued(judge, [fired], (5, BROKEN))
+    assert tell(again, [6], BROKEN) == []
+    (resolved,) = tell(again, range(10, 20), HEALTHY)
+    assert resolved["alert_id"] == fired["alert_id"]
 
 
 def test_every_series_is_judged_by_itself(judge):
@@ -107,7 +129,7 @@ def test_what_ended_is_forgotten(judge):
 def continued(judge: Judge, rows: list[dict], *records: tuple[int, dict], key: RecordKey = KEY) -> Judge:
     """A judge that takes up from the store what another wrote: the newest records of a series, and its alerts."""
     series = key.series
-    judged = [{**values, "width": 2048, "finite": True, "step": step} for step, values in records]
+    judged = [{**values, "width": 2048, "finite": values is not BROKEN, "step": step} for step, values in records]
     again = Judge()
     again.recall({series: judged}, {(series, row["kind"]): row for row in rows})
     assert firing(again) == firing(judge)

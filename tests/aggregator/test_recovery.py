@@ -124,7 +124,7 @@ def test_the_newest_of_each_series_is_remembered_and_of_each_step_the_newest_rev
     shard.close(FLUSH_SECONDS)
     memory = series_memory(open_store(tmp_path), "run", 0, samples=3)
     found = {(key.site, key.expert): (one.latest["step"], steps(one.judged)) for key, one in memory.items()}
-    assert found == {("post", None): (5, [2, 3, 4]), ("post", 3): (7, [7]), ("pre", None): (2, [2])}
+    assert found == {("post", None): (5, [2, 3, 4, 5]), ("post", 3): (7, [7]), ("pre", None): (2, [2])}
     of_both_ranks = [row["hard_rank"] for row in stored(tmp_path) if row["step"] == 3 and row["ranks_seen"] == 2]
     assert [memory[KEY.series].judged[1]["hard_rank"]] == of_both_ranks
     assert (
@@ -132,7 +132,8 @@ def test_the_newest_of_each_series_is_remembered_and_of_each_step_the_newest_rev
         == series_memory(open_store(tmp_path), "other", 0, samples=3)
         == {}
     )
-    assert stored_alerts(open_store(tmp_path), "run", 0) == {}
+    (alert,) = stored_alerts(open_store(tmp_path), "run", 0).values()
+    assert (alert["kind"], alert["state"], alert["since_step"]) == ("non_finite", "firing", 5)
 
 
 def steps(rows: list[dict[str, Any]]) -> list[int]:

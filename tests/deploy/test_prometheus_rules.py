@@ -79,11 +79,11 @@ def test_every_alert_waits_and_says_how_bad_what_and_where_to_read_on(name, rule
         assert f"$labels.{label}" in text
 
 
-def test_a_collapse_outlasts_the_wait_for_a_dead_exporter():
+@pytest.mark.parametrize("name", ["EigenwatchLayerCollapsed", "EigenwatchLayerNotFinite"])
+def test_what_a_layer_has_outlasts_the_wait_for_a_dead_exporter(name):
     """Otherwise the page would resolve because nobody looks any more."""
     waits = {name: promtool_seconds(rule["for"]) for name, rule in ALERTS.items()}
-    kept = promtool_seconds(ALERTS["EigenwatchLayerCollapsed"]["keep_firing_for"])
-    assert kept > waits["EigenwatchExporterDown"]
+    assert promtool_seconds(ALERTS[name]["keep_firing_for"]) > waits["EigenwatchExporterDown"]
 
 
 def test_the_scrape_job_has_the_name_that_the_rules_look_for():
