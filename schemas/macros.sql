@@ -99,25 +99,31 @@ SELECT
 FROM (
     SELECT run_id, width, layer, metric, median(value) AS value
     FROM (
-        SELECT run_id, width, layer, step, metric, median(value) AS value,
-            row_number() OVER (PARTITION BY run_id, width, layer, metric ORDER BY step DESC) AS back,
-            count(*) OVER (PARTITION BY run_id, width, layer, metric) AS samples
+        SELECT run_id, width, layer, step, metric, median(value) AS value
         FROM (
-            SELECT record.run_id, record.width, record.layer, record.step, unnest([
-                {'metric': 'hard_rank', 'value': record.hard_rank},
-                {'metric': 'soft_rank', 'value': record.soft_rank},
-                {'metric': 'effective_dimension', 'value': record.effective_dimension},
-                {'metric': 'hard_utilization', 'value': record.hard_utilization},
-                {'metric': 'soft_utilization', 'value': record.soft_utilization},
-                {'metric': 'utilization_index', 'value': record.utilization_index}
+            SELECT run_id, width, layer, step, unnest([
+                {'metric': 'hard_rank', 'value': hard_rank},
+                {'metric': 'soft_rank', 'value': soft_rank},
+                {'metric': 'effective_dimension', 'value': effective_dimension},
+                {'metric': 'hard_utilization', 'value': hard_utilization},
+                {'metric': 'soft_utilization', 'value': soft_utilization},
+                {'metric': 'utilization_index', 'value': utilization_index}
             ], recursive := true)
-            FROM records AS record
-            WHERE list_contains(runs, record.run_id) AND record.site = at_site
-                AND record.solver IS DISTINCT FROM 'skipped'
+            FROM (
+                SELECT record.run_id, record.width, record.layer, record.step,
+                    record.hard_rank, record.soft_rank, record.effective_dimension,
+                    record.hard_utilization, record.soft_utilization, record.utilization_index,
+                    dense_rank() OVER (of_layer ORDER BY record.step) AS nth,
+                    dense_rank() OVER (of_layer ORDER BY record.step DESC) AS back
+                FROM records AS record
+                WHERE list_contains(runs, record.run_id) AND record.site = at_site
+                    AND record.solver IS DISTINCT FROM 'skipped'
+                WINDOW of_layer AS (PARTITION BY record.run_id, record.width, record.layer)
+            )
+            WHERE back <= ceil(last * (nth + back - 1))
         )
         GROUP BY run_id, width, layer, step, metric
     )
-    WHERE back <= ceil(last * samples)
     GROUP BY run_id, width, layer, metric
 )
 GROUP BY run_id, width, metric
