@@ -200,13 +200,11 @@ def _newest_rows(store: Store, run_id: str) -> Iterable[dict[str, Any]]:
 def _newest_judged(table: pa.Table, numbers: pa.Array, samples: int) -> list[dict[str, Any]]:
     """As many newest steps, and as many of them that are finite."""
     judged: dict[int, dict[str, Any]] = {}
-    finite: set[int] = set()
     for number in numbers:
         row = table.slice(number.as_py(), 1).to_pylist()[0]
-        if row["step"] not in judged and (row["hard_rank"] is not None if row["finite"] else len(judged) < samples):
-            judged[row["step"]] = row
-            finite |= {row["step"]} if row["finite"] else set()
-        if len(finite) == samples:
+        if row["hard_rank"] is not None if row["finite"] else len(judged) < samples:
+            judged.setdefault(row["step"], row)
+        if sum(one["finite"] for one in judged.values()) == samples:
             break
     return [judged[step] for step in sorted(judged)]
 
